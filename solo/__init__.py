@@ -1,0 +1,1 @@
+"""The work: specs, parts, model and trainer. Nothing here knows Prefect."""

@@ -1,0 +1,1 @@
+"""Scorers of one answer format; specs name a function in here."""

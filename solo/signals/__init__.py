@@ -1,0 +1,1 @@
+"""Measurements of one sample; specs name a function in here."""

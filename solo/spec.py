@@ -1,0 +1,277 @@
+"""Specs: the YAML files of `datasets_spec/`, as frozen and strict types.
+
+In: a spec folder with `sources/ mixes/ recipes/ benchmarks/`. Out: validated objects; anything a user can get wrong
+is a `SpecError` that names file, field, value and remedy. Invariant: a spec says WHAT; a root, host, worker count,
+executor or GPU count is no field of any spec, so none can reach a fingerprint.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+PINNED = re.compile(r"sha256:[0-9a-f]{64}|[0-9a-f]{40}")
+
+Template = Literal["plain", "inst"]
+
+
+class SpecError(ValueError):
+    """Something a user wrote is wrong; the message is one line and holds the remedy."""
+
+
+class Spec(BaseModel):
+    """Frozen and strict: an unknown key is an error, so a typo can never silently change a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Licence(Spec):
+    """SPDX id (or the licence's own name) and where to read it."""
+
+    id: str
+    url: str
+
+
+class Acquire(Spec):
+    """Where one source's records come from and who reads them."""
+
+    location: str = Field(description="path relative to the spec folder, or an absolute path or fsspec URL")
+    adapter: str = Field(description="`module.function` in solo/adapters/")
+    args: dict[str, JsonValue] = {}
+    samples_per_shard: int = Field(gt=0)
+
+
+class Filter(Spec):
+    """Signals to compute, predicates that keep a sample, columns whose exact repeats are dropped."""
+
+    signals: tuple[str, ...] = Field(description="`module.function` in solo/signals/, in order")
+    keep: dict[str, str] = Field(description="name -> SQL over signal columns; the first not true is the reason")
+    unique: tuple[str, ...] = ()
+
+
+class Shard(Spec):
+    """How kept samples become tars, and which token template their ledger counts."""
+
+    samples_per_shard: int = Field(gt=0)
+    template: Template = Field(description="plain: pieces concatenated; inst: SOLO's [INST] chat form")
+
+
+class SourceSpec(Spec):
+    """One upstream dataset: one YAML, one licence, one pinned revision."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    title: str
+    licence: Licence
+    revision: str = Field(description="sha256:<64 hex> of the data at `location`, or a 40-hex commit")
+    modality: Literal["image-text", "text"]
+    acquire: Acquire
+    filter: Filter
+    shard: Shard
+
+    @field_validator("revision")
+    @classmethod
+    def _pinned(cls, value: str) -> str:
+        if not PINNED.fullmatch(value):
+            raise ValueError(f"revision {value!r} is not pinned; use sha256:<64 hex digits> or a 40-digit commit hash")
+        return value
+
+
+class MixSource(Spec):
+    """One source's share in a mix; exactly one of `weight`, `epochs` and `samples` says how much."""
+
+    source: str
+    weight: float | None = Field(default=None, gt=0, description="share of the mix's budget_tokens")
+    epochs: float | None = Field(default=None, gt=0)
+    samples: int | None = Field(default=None, gt=0)
+    max_epochs: float | None = Field(default=None, gt=0, description="cap on repeats when drawn by weight")
+    where: dict[str, str] = Field(default={}, description="name -> SQL over ledger columns; not true = dropped")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> MixSource:
+        given = [k for k in ("weight", "epochs", "samples") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{self.source}: give exactly one of weight, epochs, samples; got {given or 'none'}")
+        return self
+
+
+class MixSpec(Spec):
+    """The samples of one training stage, as a query over ledgers."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    title: str
+    seed: int
+    budget_tokens: int | None = Field(default=None, gt=0, description="required iff a source is drawn by weight")
+    sources: tuple[MixSource, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _budget(self) -> MixSpec:
+        weighted = [s.source for s in self.sources if s.weight is not None]
+        if bool(weighted) != (self.budget_tokens is not None):
+            raise ValueError(f"budget_tokens is needed exactly when a source has a weight; weights on: {weighted}")
+        names = [s.source for s in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a source appears twice in sources: {names}")
+        return self
+
+
+class ImageClose(Spec):
+    """Token that closes an image, per template (SOLO_FACTS: pre-training `</vision>`, SFT and demo `<vision>`)."""
+
+    plain: Literal["</vision>", "<vision>"]
+    inst: Literal["</vision>", "<vision>"]
+
+
+class Tokens(Spec):
+    """Tokenizer and patch grid: everything a token count depends on."""
+
+    tokenizer: str = Field(description="`package:path/in/package` or a file path")
+    tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    patch_px: int = Field(gt=0)
+    max_side_px: int = Field(gt=0)
+    image_close: ImageClose
+
+
+class ModelSpec(Spec):
+    """Shape of the decoder, and what it starts from."""
+
+    init: str = Field(description="`random`, or a checkpoint folder in Hugging Face layout")
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_theta: float
+    rms_norm_eps: float
+    sliding_window: int | None
+    max_position_embeddings: int
+    init_std: float
+
+
+class Stage(Spec):
+    """One training stage: its mix, its packs, its schedule."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    mix: str
+    pack_tokens: int = Field(gt=1)
+    pack_by: Literal["source", "mix"] = Field(description="source: a pack holds one source, as upstream; mix: any")
+    batch_packs: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(ge=0)
+    schedule: Literal["cosine", "linear"]
+    warmup_steps: int = Field(ge=0)
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    loss_average: Literal["pack", "token"]
+    precision: Literal["fp32", "bf16"]
+    checkpoint_every_steps: int = Field(gt=0)
+
+
+class RecipeSpec(Spec):
+    """Ordered stages and the benchmarks that judge the last checkpoint."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    title: str
+    seed: int
+    tokens: Tokens
+    model: ModelSpec
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    benchmarks: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _unique(self) -> RecipeSpec:
+        for what in ("name", "mix"):
+            values = [getattr(s, what) for s in self.stages]
+            if len(set(values)) != len(values):
+                raise ValueError(f"two stages share a {what}: {values}; copy the mix under another name")
+        return self
+
+
+class BenchmarkSpec(Spec):
+    """A held-out question set, its scorer, and the score of guessing."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    title: str
+    licence: Licence
+    revision: str
+    location: str
+    adapter: str = Field(description="`module.function` in solo/adapters/; the assistant turn is the answer")
+    args: dict[str, JsonValue] = {}
+    template: Template
+    scorer: str = Field(description="`module.function` in solo/benchmarks/")
+    max_new_tokens: int = Field(gt=0)
+    chance: float = Field(ge=0, le=1)
+
+    _pinned = field_validator("revision")(SourceSpec._pinned.__func__)  # type: ignore[attr-defined]
+
+
+S = TypeVar("S", bound=Spec)
+
+FOLDERS: dict[type[Spec], str] = {
+    SourceSpec: "sources",
+    MixSpec: "mixes",
+    RecipeSpec: "recipes",
+    BenchmarkSpec: "benchmarks",
+}
+
+
+def load(kind: type[S], name: str, specs: Path) -> S:
+    """Read one spec by name, e.g. `load(MixSpec, "sample-stage-1", Path("datasets_spec"))`."""
+    folder = specs / FOLDERS[kind]
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        have = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise SpecError(f"{path}: no such file; {folder} has {have}")
+    try:
+        raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise SpecError(f"{path}: expected a mapping of fields, got {type(raw).__name__}")
+    try:
+        spec = kind.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError(f"{path}: {_explain(error, kind)}") from None
+    if getattr(spec, "name", name) != name:
+        raise SpecError(f"{path}: name is {spec.name!r} but the file is {name}.yaml; make them equal")  # type: ignore[attr-defined]
+    return spec
+
+
+def _explain(error: ValidationError, kind: type[Spec]) -> str:
+    """All problems of one file on one line, each with its field and, for an unknown key, what exists."""
+    lines = []
+    for e in error.errors():
+        where = ".".join(str(p) for p in e["loc"]) or "(file)"
+        if e["type"] == "extra_forbidden":
+            lines.append(f"unknown key {where!r}; fields here are {_fields_at(kind, e['loc'][:-1])}")
+        elif e["type"] == "missing":
+            lines.append(f"{where} is missing")
+        else:
+            lines.append(f"{where}: {e['msg'].removeprefix('Value error, ')}")
+    return "; ".join(lines)
+
+
+def _fields_at(kind: type[Spec], loc: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model that lies at `loc` inside `kind`."""
+    for step in loc:
+        if isinstance(step, int):
+            continue
+        annotation: Any = kind.model_fields[step].annotation
+        for inner in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, Spec):
+                kind = inner
+    return list(kind.model_fields)
