@@ -1,0 +1,177 @@
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from solo.patches import grid
+from solo.sample import IMAGE, Sample, text
+from solo.spec import Tokens
+from solo.tokens import Tokenizer, tokenize
+
+TOKENS = Tokens.model_validate(
+    {
+        "tokenizer": "mistral_common:data/tokenizer.model.v1",
+        "tokenizer_sha256": "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+        "patch_px": 32,
+        "max_side_px": 1024,
+        "image_close": {"plain": "</vision>", "inst": "<vision>"},
+    }
+)
+TOKENIZER = Tokenizer(TOKENS)
+HELLO = [22557, 1526]  # "Hello world"
+OPEN, CLOSE = [733, 16289, 28793], [733, 28748, 16289, 28793]  # "[INST]", "[/INST]"
+V, P, SEP, END = 32_000, 32_001, 32_002, 32_004
+
+
+def sample(*turns):
+    messages = tuple({"role": role, "content": list(items)} for role, *items in turns)
+    return Sample("web-0123456789ab", "web", (), messages, {})
+
+
+def ids(template, grids, *turns):
+    return tokenize(sample(*turns), grids, TOKENIZER, template).ids.tolist()
+
+
+def test_vocabulary():
+    assert TOKENIZER.vocab_size == 33_029
+    assert TOKENIZER.encode("Hello world") == HELLO
+    assert TOKENIZER.encode("") == []
+
+
+def test_plain_layout():
+    turn = ("assistant", IMAGE, text("Hello world"))
+    assert ids("plain", [(2, 3)], turn) == [1, V, P, P, P, SEP, P, P, P, END, *HELLO]
+    document = tokenize(sample(turn), [(2, 3)], TOKENIZER, "plain")
+    assert document.is_target.tolist() == [False] * 10 + [True] * 2
+    assert document.patch_index.tolist() == [-1, -1, 0, 1, 2, -1, 3, 4, 5, -1, -1, -1]
+    assert (document.n_patches, document.n_text_tokens, document.n_loss_tokens) == (6, 6, 2)
+    assert (document.ids.dtype, document.is_target.dtype, document.patch_index.dtype) == (
+        np.int32,
+        bool,
+        np.int32,
+    )
+
+
+def test_plain_keeps_images_where_they_stand_between_words():
+    turns = ("user", text("Hello world"), IMAGE, text("Hello world"), IMAGE), ("assistant", text("Hello world"))
+    assert ids("plain", [(1, 1), (2, 1)], *turns) == [*(1, *HELLO, V, P, END, *HELLO, V, P, SEP, P, END, *HELLO)]
+    document = tokenize(sample(*turns), [(1, 1), (2, 1)], TOKENIZER, "plain")
+    assert np.flatnonzero(document.is_target).tolist() == [13, 14]  # the user's words have no loss
+    assert document.patch_index[[4, 9, 11]].tolist() == [0, 1, 2]
+
+
+def test_inst_layout():
+    turns = ("user", IMAGE, text("Hello world")), ("assistant", text("Hello world"))
+    block = [V, P, P, V]  # closed by <vision>, as the demo does
+    assert ids("inst", [(1, 2)], *turns) == [*block, 1, *OPEN, *HELLO, *CLOSE, *HELLO, 2]
+    document = tokenize(sample(*turns), [(1, 2)], TOKENIZER, "inst")
+    assert np.flatnonzero(document.is_target).tolist() == [14, 15, 16]  # the answer and its EOS
+
+
+def test_inst_several_images_and_turns():
+    turns = (
+        ("user", IMAGE, text("Hello world "), IMAGE),
+        ("assistant", text("Hello world")),
+        ("user", text("Hello world")),
+        ("assistant", text("Hello world")),
+    )
+    ask = [*OPEN, *HELLO, *CLOSE]
+    assert ids("inst", [(1, 1), (2, 1)], *turns) == [*(V, P, V, V, P, SEP, P, V, 1, *ask, *HELLO, 2, *ask, *HELLO, 2)]
+
+
+def test_inst_joins_text_items_and_the_system_turn():
+    joined = [1, *TOKENIZER.encode("[INST] Be brief.\n\nHello\nworld [/INST]")]
+    turns = ("system", text("Be brief.")), ("user", text("Hello"), IMAGE, text(""), text("world"))
+    assert ids("inst", [(1, 1)], *turns) == [V, P, V, *joined]  # ends with a user turn: a prompt to complete
+    with pytest.raises(ValueError, match="turn 1 is 'system'"):
+        ids("inst", [], ("user", text("a")), ("system", text("b")))
+
+
+def test_an_empty_answer_is_no_lesson():
+    document = tokenize(sample(("user", text("Hello")), ("assistant", text(" "))), [], TOKENIZER, "inst")
+    assert document.n_loss_tokens == 0 and document.ids[-1] != 2
+
+
+def test_image_close_is_the_specs_choice():
+    other = TOKENS.model_copy(update={"image_close": TOKENS.image_close.model_copy(update={"inst": "</vision>"})})
+    turn = ("user", IMAGE, text("Hello"))
+    assert tokenize(sample(turn), [(1, 1)], Tokenizer(other), "inst").ids[2] == END
+
+
+@pytest.mark.parametrize(
+    ("size", "n_patches", "n_tokens"),
+    [
+        ((448, 448), 196, 211),
+        ((640, 480), 300, 316),
+        ((500, 375), 192, 205),
+        ((1920, 1080), 576, 595),
+        ((1080, 1920), 576, 609),
+        ((336, 336), 121, 133),
+        ((1025, 1024), 1024, 1057),
+    ],
+)
+def test_checked_image_costs(size, n_patches, n_tokens):
+    cell = grid(*size, patch_px=32, max_side_px=1024)
+    document = tokenize(sample(("assistant", IMAGE)), [cell], TOKENIZER, "plain")
+    assert document.n_patches == n_patches == int((document.ids == P).sum())
+    assert len(document.ids) == 1 + n_tokens
+
+
+SPECIAL = ["<s>", "</s>", "<unk>", "<vision>", "<vpatch>", "</vision>", "<vrow_sep>", "<loc_7>", "<|im_end|>"]
+anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+texts = st.lists(st.one_of(st.sampled_from(SPECIAL), anything), max_size=4).map("".join)
+
+
+@given(texts)
+def test_text_never_gives_a_control_id(value):
+    got = TOKENIZER.encode(value)
+    assert all(3 <= i < 32_000 for i in got)
+    assert TOKENIZER.decode([32_000, *got, 2, 33_028, 99_999]) == value.replace(
+        "\u2581", " "
+    )  # sentencepiece's own space mark
+
+
+grids = st.tuples(st.integers(1, 4), st.integers(1, 4))
+items = st.lists(st.one_of(texts.map(text), st.just(IMAGE)), max_size=3)
+turns = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), items), min_size=1, max_size=4)
+
+
+@given(turns, st.sampled_from(["plain", "inst"]), st.data())
+def test_targets_are_assistant_text_and_patches_are_counted(turns, template, data):
+    record = sample(*((role, *content) for role, content in turns))
+    n_images = sum(item is IMAGE for _, content in turns for item in content)
+    cells = data.draw(st.lists(grids, min_size=n_images, max_size=n_images))
+    document = tokenize(record, cells, TOKENIZER, template)
+    targets = document.ids[document.is_target]
+    assert not document.is_target[0]
+    assert (targets < 32_000).all() and (targets != 1).all() and (template == "inst" or (targets != 2).all())
+    assert (document.ids == 1).sum() == 1
+    is_patch = document.ids == P
+    assert document.patch_index[is_patch].tolist() == list(range(sum(r * c for r, c in cells)))
+    assert (document.patch_index[~is_patch] == -1).all()
+    said = [i["text"] for role, content in turns if role == "assistant" for i in content if i is not IMAGE]
+    if template == "plain":
+        assert targets.tolist() == [i for value in said for i in TOKENIZER.encode(value)]
+    elif not any(value.strip() for value in said):
+        assert len(targets) == 0
+
+
+def test_user_errors_name_the_fact_and_the_remedy():
+    with pytest.raises(ValueError, match="web-0123456789ab: 1 image items but 0 images"):
+        ids("plain", [], ("assistant", IMAGE))
+    with pytest.raises(ValueError, match="sha256 is dadfd56d"):
+        Tokenizer(TOKENS.model_copy(update={"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="no package 'no_such_package'"):
+        Tokenizer(TOKENS.model_copy(update={"tokenizer": "no_such_package:x"}))
+    with pytest.raises(ValueError, match="is not there"):
+        Tokenizer(TOKENS.model_copy(update={"tokenizer": "mistral_common:data/none.model"}))
+
+
+def test_a_tokenizer_travels_to_other_processes():
+    again = pickle.loads(pickle.dumps(TOKENIZER))
+    assert again.encode("Hello world") == HELLO and dataclasses.is_dataclass(
+        tokenize(sample(("user", text("a"))), [], again, "plain")
+    )
