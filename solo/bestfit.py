@@ -1,0 +1,159 @@
+"""Packing: which documents go together into sequences of `capacity` tokens.
+
+In: document lengths in stream order. Out: `Packs`, every document exactly once, no pack over capacity.
+A pack is the document that has waited longest, then documents in stream order while they fit, then the exact best
+fit from a window of documents set aside: the longest that fits, or two that together leave no gap. Stream order in the
+bulk keeps long and short documents mixed, as sorting by length does not. Invariants: a pack depends only on the
+stream before it, so appending documents leaves the first `n_stable` packs as they are; a document set aside waits at
+most `window` packs. Cost: a few microseconds a pack, memory beyond input and output of order `window` + capacity bits.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+# 512 lengths make 131,000 pairs, so a gap of up to 32,768 is nearly always one of their sums; a larger window packs
+# no better (measured: 99.98 % and more on captions, web text and a mix) and moves documents further from their place.
+WINDOW = 512
+
+GIVE_BACK = 3  # documents of the run that may return to the stream when no exact fit closes the pack after them
+
+# Where only a few documents fill a pack, a pack is filled from the window alone: lengths uniform in 1..capacity, the
+# worst case, then pack to 98.5 % instead of 94.9 %; lengths up to half the capacity reach 99.98 % either way.
+MIN_RUN = 4
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Documents in the order they are placed, cut into packs: pack i holds `order[first[i]:first[i + 1]]`."""
+
+    order: np.ndarray  # (n_documents,) int64, indices into the lengths given
+    first: np.ndarray  # (n_packs + 1,) int64
+    n_stable: int  # packs decided before the end of the stream was in sight
+
+
+class Waiting:
+    """Documents set aside, found by length (longest that fits, or an exact pair) and by age."""
+
+    def __init__(self, lengths: memoryview, capacity: int) -> None:
+        self.lengths = lengths
+        self.capacity = capacity
+        self.by_length: dict[int, deque[int]] = {}
+        self.by_age: deque[int] = deque()
+        self.gone: set[int] = set()  # taken by length, still somewhere in by_age
+        self.present = 0  # bit n: a document of n tokens waits
+        self.mirror = 0  # bit capacity - n: the same, so that one shift and one AND find all pairs of a given sum
+        self.n = 0
+
+    def add(self, document: int) -> None:
+        """Set one more document aside."""
+        n = self.lengths[document]
+        same = self.by_length.get(n)
+        if same:
+            same.append(document)
+        else:
+            self.by_length[n] = deque((document,))
+            self.present |= 1 << n
+            self.mirror |= 1 << (self.capacity - n)
+        self.by_age.append(document)
+        self.n += 1
+
+    def take(self, n: int) -> int:
+        """Remove and return the oldest document of n tokens."""
+        document = self._remove(n)
+        self.gone.add(document)
+        return document
+
+    def oldest(self) -> int:
+        """Remove and return the document that has waited longest."""
+        while (document := self.by_age.popleft()) in self.gone:
+            self.gone.remove(document)
+        # Equal lengths leave in order of age, so the oldest of all is the oldest of its length.
+        removed = self._remove(self.lengths[document])
+        assert removed == document
+        return document
+
+    def exact(self, gap: int) -> tuple[int, ...] | None:
+        """Lengths of one or two waiting documents that close the gap to the token, or None."""
+        if self.present >> gap & 1:
+            return (gap,)
+        pairs = self.present & (self.mirror >> (self.capacity - gap))
+        half = gap // 2
+        if 2 * half == gap and pairs >> half & 1 and len(self.by_length[half]) == 1:
+            pairs &= ~(1 << half)
+        if not pairs:
+            return None
+        n = pairs.bit_length() - 1
+        return (n, gap - n)
+
+    def longest(self, gap: int) -> int:
+        """Length of the longest waiting document that fits, 0 when none does."""
+        return max((self.present & ((2 << gap) - 1)).bit_length() - 1, 0)
+
+    def _remove(self, n: int) -> int:
+        same = self.by_length[n]
+        document = same.popleft()
+        if not same:
+            del self.by_length[n]
+            self.present ^= 1 << n
+            self.mirror ^= 1 << (self.capacity - n)
+        self.n -= 1
+        return document
+
+
+def pack(lengths: np.ndarray, capacity: int, *, window: int = WINDOW) -> Packs:
+    """Pack documents of 1..capacity tokens; the same lengths always give the same packs."""
+    lengths = np.ascontiguousarray(lengths, dtype=np.int64)
+    if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= capacity):
+        raise ValueError(
+            f"lengths are {lengths.min()}..{lengths.max()}, need 1..{capacity}; cut or drop the others first"
+        )
+    n_documents = len(lengths)
+    ends = np.concatenate(([0], np.cumsum(lengths))).data  # ends[i] = tokens before document i
+    order = np.empty(n_documents, dtype=np.int64)
+    numbers = np.arange(n_documents, dtype=np.int64)
+    waiting = Waiting(lengths.data, capacity)
+    first, head, placed, n_stable = [0], 0, 0, 0
+    while placed < n_documents:
+        while waiting.n < window and head < n_documents:
+            waiting.add(head)
+            head += 1
+        start = waiting.oldest()
+        gap = capacity - waiting.lengths[start]
+        stop = bisect_right(ends, ends[head] + gap, head, min(head + gap, n_documents) + 1) - 1
+        if stop < n_documents and n_stable == len(first) - 1:
+            n_stable += 1
+        if stop - head < MIN_RUN:
+            stop = head
+        stop, closing = _close(waiting, ends, (head, stop), gap)
+        order[placed] = start
+        order[placed + 1 : placed + 1 + stop - head] = numbers[head:stop]
+        placed += 1 + stop - head
+        for document in closing:
+            order[placed] = document
+            placed += 1
+        head = stop
+        first.append(placed)
+    return Packs(order, np.array(first, dtype=np.int64), n_stable)
+
+
+def _close(waiting: Waiting, ends: memoryview, run: tuple[int, int], gap: int) -> tuple[int, list[int]]:
+    """Where the run in stream order ends, and the waiting documents that follow it, for one pack."""
+    head, stop = run
+    for shorter in range(stop, max(head, stop - GIVE_BACK) - 1, -1):
+        left = gap - (ends[shorter] - ends[head])
+        if left == 0:
+            return shorter, []
+        if lengths := waiting.exact(left):
+            return shorter, [waiting.take(n) for n in lengths]
+    closing, left = [], gap - (ends[stop] - ends[head])
+    while n := waiting.longest(left):
+        closing.append(waiting.take(n))
+        left -= n
+        if left and (lengths := waiting.exact(left)):
+            return stop, closing + [waiting.take(n) for n in lengths]
+    return stop, closing

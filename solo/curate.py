@@ -1,0 +1,293 @@
+"""Curate: which samples one training stage sees, and how often, as a query over ledgers.
+
+In: the ledgers `shards/*.parquet` of the mix's sources and its `MixSpec`. Out: `lock.parquet` (membership with
+repeats, sorted by source and key) and `mix.sql` (the queries that made it, with their parameters). Invariants: what is
+drawn of a source depends on its own ledger, amount and seed alone, so adding a source moves no row of another; every
+ledger row is drawn or counted under one reason. Cost: one scan and one sort per source in DuckDB, which spills to disk.
+
+Rounding: an amount becomes whole passes over the eligible samples and a rest; the rest is the longest prefix in hash
+order `md5(key || seed), key` whose cumulative tokens (or samples) do not exceed it. A draw in tokens is thus short of
+its amount by less than one sample, never over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from solo.artifact import Artifact, Job, Result, write_atomic
+from solo.spec import MixSource, MixSpec, SpecError
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+NOT_DRAWN = "not_drawn"
+WEIGHTS_TOLERANCE = 1e-6
+ROW_GROUP = 122_880  # DuckDB's own row group: one scan unit per thread
+
+LOCK = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("template", pa.string()),
+        ("n_images", pa.int32()),
+        ("n_patches", pa.int32()),
+        ("n_text_tokens", pa.int32()),
+        ("n_loss_tokens", pa.int32()),
+        ("n_tokens", pa.int32()),
+        ("n_repeats", pa.int32()),
+    ]
+)
+COUNTED = ("n_tokens", "n_patches", "n_text_tokens", "n_loss_tokens")
+
+# {reason} is a CASE with one WHEN per predicate of the mix, in its order; each was checked alone before.
+LEDGER = "SELECT * FROM read_parquet($files, union_by_name := TRUE)"
+JUDGED = """
+WITH ledger AS (
+  SELECT * FROM read_parquet($files, union_by_name := TRUE)
+),
+judged AS (  -- the first predicate that is not true (false or NULL) is the reason a sample is dropped
+  SELECT *, {reason} AS reason FROM ledger
+)"""
+
+COUNT = """
+SELECT reason, count(*) AS n_samples, CAST(sum(n_tokens) AS BIGINT) AS n_tokens
+FROM judged
+GROUP BY reason
+ORDER BY reason
+"""
+
+# The window sum runs in samples or in tokens. Shard and offset come last in the order because keys of 48 bits collide
+# in sources of tens of millions of samples.
+DRAW = """,
+ranked AS (
+  SELECT *,
+    sum(IF($in_samples, 1, n_tokens)) OVER (
+      ORDER BY md5(key || $seed), key, shard, "offset" ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
+    ) AS cumulative
+  FROM judged
+  WHERE reason IS NULL
+)
+SELECT key, source, shard, "offset", length, template, n_images, n_patches, n_text_tokens, n_loss_tokens, n_tokens,
+  $whole + IF(cumulative <= $rest, 1, 0) AS n_repeats
+FROM ranked
+WHERE $whole + IF(cumulative <= $rest, 1, 0) > 0
+ORDER BY key, shard, "offset"
+"""
+
+# Functions that give another answer at another time (random, now); a mix with one would not be reproducible.
+UNSTABLE = """
+SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT' ORDER BY 1
+"""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How much of one source is drawn: `whole` passes, then a prefix of at most `rest` tokens or samples."""
+
+    whole: int
+    rest: int
+    in_samples: bool
+    short_tokens: int  # asked for by weight, but beyond max_epochs
+    why: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What became of one source: its rows of the lock, its ledger by reason (None = eligible), the queries."""
+
+    rows: pa.Table
+    judged: dict[str | None, tuple[int, int]]  # reason -> (samples, tokens)
+    draw: Draw
+    sql: str
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Samples by the reason they are not in the lock."""
+        by_predicate = {reason: n for reason, (n, _) in self.judged.items() if reason is not None}
+        return by_predicate | {NOT_DRAWN: self.judged[None][0] - self.rows.num_rows}
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Samples, exposures and tokens (each repeat counted), and how often an eligible token is seen on average."""
+        repeats = self.rows["n_repeats"].to_numpy().astype(np.int64)
+        sums = {name: int(repeats @ self.rows[name].to_numpy().astype(np.int64)) for name in COUNTED}
+        epochs = round(sums["n_tokens"] / max(1, self.judged[None][1]), 6)
+        counts = {"n_samples": self.rows.num_rows, "n_exposures": int(repeats.sum())}
+        return counts | sums | {"epochs": epochs, "short_tokens": self.draw.short_tokens, "dropped": self.dropped}
+
+
+def run(job: Job) -> Result:
+    """Write lock.parquet and mix.sql for one mix."""
+    mix = MixSpec.model_validate(job.spec["mix"])
+    check_weights(mix)
+    ledgers = job.of("shard")
+    absent = [s.source for s in mix.sources if s.source not in ledgers]
+    assert not absent, f"curate/{mix.name} was given no shard artifact of {absent}"
+    con = connect(job, [artifact.path / "shards" for artifact in ledgers.values()])
+    script = [f"-- mix {mix.name}: {' '.join(mix.title.split())}; each query reads the ledger named above it\n"]
+    stats: dict[str, dict[str, Any]] = {}
+    dropped: Counter[str] = Counter()
+    aside = job.out / "lock.parquet.tmp"
+    with pq.ParquetWriter(aside, LOCK, compression="zstd") as writer:
+        for source in sorted(mix.sources, key=lambda s: s.source):
+            drawn = draw_source(con, mix, source, ledgers[source.source])
+            writer.write_table(drawn.rows, row_group_size=ROW_GROUP)
+            script.append(drawn.sql)
+            stats[source.source] = drawn.stats
+            dropped.update(drawn.dropped)
+            job.progress(f"curate/{mix.name}: {source.source}: {drawn.rows.num_rows} samples, {drawn.draw.why}")
+    con.close()
+    totals = {k: sum(s[k] for s in stats.values()) for k in ("n_samples", "n_exposures", *COUNTED, "short_tokens")}
+    if not totals["n_samples"]:
+        raise SpecError(f"mixes/{mix.name}.yaml: no sample is drawn from any source; raise budget_tokens or epochs")
+    aside.replace(job.out / "lock.parquet")
+    write_atomic(job.out / "mix.sql", "\n".join(script).encode())
+    n_in = totals["n_samples"] + sum(dropped.values())
+    return Result(n_in, totals["n_samples"], dict(dropped), totals | {"sources": stats})
+
+
+def check_weights(mix: MixSpec) -> None:
+    """Weights of a mix are shares of one budget, so they add up to 1."""
+    weights = {s.source: s.weight for s in mix.sources if s.weight is not None}
+    if weights and abs(sum(weights.values()) - 1) > WEIGHTS_TOLERANCE:
+        equation = " + ".join(f"{weight:g} ({source})" for source, weight in weights.items())
+        raise SpecError(
+            f"mixes/{mix.name}.yaml: sources.weight: {equation} = {sum(weights.values()):g}, not 1; "
+            f"weights are shares of budget_tokens, change one so that they add up"
+        )
+
+
+def connect(job: Job, folders: list[Path]) -> duckdb.DuckDBPyConnection:
+    """A DuckDB that can read the ledgers and nothing else, so a predicate of a mix cannot reach the machine."""
+    con = duckdb.connect(config={"threads": max(1, job.workers), "temp_directory": str(job.work / "duckdb")})
+    con.execute(f"SET allowed_directories = {literal([str(folder) for folder in folders])}")
+    con.execute("SET enable_external_access = FALSE")
+    con.execute("SET lock_configuration = TRUE")
+    return con
+
+
+def draw_source(con: duckdb.DuckDBPyConnection, mix: MixSpec, source: MixSource, ledger: Artifact) -> Drawn:
+    """Judge and draw one source."""
+    where = f"mixes/{mix.name}.yaml: sources.{source.source}"
+    folder = ledger.path / "shards"
+    if not any(folder.glob("*.parquet")):
+        raise SpecError(empty(where, source.source))
+    files = str(folder / "*.parquet")
+    check_predicates(con, source, files, f"{where}.where")
+    whens = "".join(f"\n    WHEN ({p}\n    ) IS NOT TRUE THEN {literal(name)}" for name, p in source.where.items())
+    judged_sql = JUDGED.format(reason=f"CASE{whens}\n  END" if whens else "CAST(NULL AS VARCHAR)")
+    try:
+        counts = con.execute(judged_sql + COUNT, {"files": files}).fetchall()
+    except duckdb.Error:
+        check_predicates(con, source, files, f"{where}.where", every_row=True)
+        raise
+    judged = {reason: (int(n), int(n_tokens)) for reason, n, n_tokens in counts}
+    if not judged:
+        raise SpecError(empty(where, source.source))
+    if None not in judged:
+        drops = ", ".join(f"{reason} drops {n}" for reason, (n, _) in judged.items())
+        raise SpecError(f"{where}.where: no sample passes ({drops}); loosen a predicate")
+    draw = amount(mix, source, *judged[None])
+    if draw.short_tokens:
+        asked = f"{source.weight:g} of {mix.budget_tokens} tokens"
+        log.warning("%s: %s is %d tokens more than max_epochs allows", where, asked, draw.short_tokens)
+    values = {"seed": str(mix.seed), "whole": draw.whole, "rest": draw.rest, "in_samples": draw.in_samples}
+    rows = con.sql(judged_sql + DRAW, params={"files": files} | values).to_arrow_table()
+    origin = f"'shards/*.parquet' of shard/{source.source}, content {ledger.manifest.digest[:16]}"
+    header = "".join(f"-- ${name} = {literal(value)}\n" for name, value in values.items())
+    sql = f"-- source {source.source}: {draw.why}\n-- $files = {origin}\n{header}"
+    sql += f"{judged_sql.strip()}{COUNT.rstrip()};\n\n{judged_sql.strip()}{DRAW.rstrip()};\n"
+    return Drawn(rows.cast(LOCK).combine_chunks(), judged, draw, sql)
+
+
+def empty(where: str, source: str) -> str:
+    """The message for a source without samples."""
+    return (
+        f"{where}: the ledger of {source} is empty, its filter or shard part kept no sample; "
+        f"loosen filter.keep in sources/{source}.yaml or take the source out of the mix"
+    )
+
+
+def amount(mix: MixSpec, source: MixSource, n_samples: int, n_tokens: int) -> Draw:
+    """What `weight`, `epochs` or `samples` means for `n_samples` eligible samples of `n_tokens` together."""
+    if source.samples is not None:
+        whole, rest = divmod(source.samples, n_samples)
+        return Draw(whole, rest, True, 0, f"{source.samples} of {n_samples} samples")
+    # A float prints as the YAML says it, and as a fraction 1.84 epochs are 184 hundredths and not a hair more.
+    asked, short_tokens = Fraction(str(source.epochs or 0)) * n_tokens, 0
+    why = f"{source.epochs} epochs of {n_tokens} tokens"
+    if source.weight is not None:
+        asked = Fraction(str(source.weight)) * (mix.budget_tokens or 0)
+        why = f"{source.weight} of budget_tokens {mix.budget_tokens}, from {n_tokens} tokens"
+        most = Fraction(str(source.max_epochs)) * n_tokens if source.max_epochs is not None else asked
+        if asked > most:
+            short_tokens = int(asked - most)
+            why += f", short by {short_tokens} at max_epochs {source.max_epochs}"
+            asked = most
+    passes, left = divmod(asked, n_tokens)
+    return Draw(int(passes), int(left), False, short_tokens, why)
+
+
+def check_predicates(
+    con: duckdb.DuckDBPyConnection, source: MixSource, files: str, where: str, *, every_row: bool = False
+) -> None:
+    """Each predicate alone: one stable boolean expression over this source's ledger, and with `every_row` run on it."""
+    unstable = {name for (name,) in con.execute(UNSTABLE).fetchall()}
+    for name, predicate in source.where.items():
+        field = f"{where}.{name}"
+        if name == NOT_DRAWN:
+            raise SpecError(f"{field}: {NOT_DRAWN} is the reason of samples beyond the amount; rename the predicate")
+        try:
+            (tree,) = con.execute("SELECT json_serialize_sql($sql)", {"sql": f"SELECT {predicate}"}).fetchall()[0]
+            ledger = con.sql(LEDGER, params={"files": files})
+            if found := unfit(json.loads(tree), unstable - set(ledger.columns)):
+                raise SpecError(f"{field}: {found} is not a fixed function of one sample; use its columns only")
+            expression = duckdb.SQLExpression(predicate)
+            ledger.filter(expression)  # as a WHERE clause it may hold no aggregate
+            keep = ledger.select(expression)
+            if str(keep.types[0]) != "BOOLEAN":
+                raise SpecError(f"{field}: {predicate!r} is {keep.types[0]}, not BOOLEAN; write a comparison")
+            if every_row:
+                keep.fetchall()
+        except duckdb.Error as error:
+            message = " ".join(str(error).split("\n\nLINE ")[0].split())
+            raise SpecError(f"{field}: {message}") from None
+
+
+def unfit(tree: Any, unstable: set[str]) -> str | None:  # noqa: ANN401 - any JSON value
+    """The first subquery, window or unstable function in DuckDB's parse tree of a predicate."""
+    if isinstance(tree, list):
+        return next((found for branch in tree if (found := unfit(branch, unstable))), None)
+    if not isinstance(tree, dict):
+        return None
+    if tree.get("class") in ("SUBQUERY", "WINDOW"):
+        return f"a {tree['class'].lower()}"
+    # current_date parses as a column
+    for name in (tree.get("function_name", ""), *tree.get("column_names", [])):
+        if name.lower() in unstable:
+            return f"{name}()"
+    return unfit(list(tree.values()), unstable)
+
+
+def literal(value: object) -> str:
+    """A value in SQL's own notation."""
+    if isinstance(value, list):
+        return f"[{', '.join(literal(v) for v in value)}]"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return str(value).upper()

@@ -1,0 +1,308 @@
+"""Pack: which documents share a training sequence, and in which order the sequences are trained.
+
+In: a mix lock. Out: `plan.parquet` (one row per document in a pack, sorted by pack and slot) and `packs.parquet` (one
+row per pack). Invariants: no pack holds more than `pack_tokens`; a document is whole unless it is plain text longer
+than a pack; order comes from hashes of keys and the seed, so pack i is the same on any machine and world size; lock
+tokens = planned tokens + dropped tokens, by source, checked on the files written. Cost: one sort of the exposures in
+DuckDB and a few microseconds a pack.
+
+Loss tokens: a document's first token is never a target. A piece cut from inside a document has no predictor for its
+first token either, so each cut (`split_boundaries`) takes one target away: that is the whole difference to the lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from solo import bestfit
+from solo.artifact import Job, LedgerError, Result
+from solo.spec import SpecError
+
+VERSION = 1
+
+OVER_LONG = "over_long"
+INCOMPLETE_BATCH = "incomplete_batch"
+BOUNDARIES = "split_boundaries"
+ROW_GROUP = 65_536
+MIX = "mix"
+
+PLAN = pa.schema(
+    [
+        ("pack", pa.int32()),
+        ("slot", pa.int32()),
+        ("key", pa.string()),
+        ("exposure", pa.int32()),
+        ("source", pa.string()),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("template", pa.string()),
+        ("begin", pa.int32()),
+        ("end", pa.int32()),
+        ("n_tokens", pa.int32()),
+        ("n_patches", pa.int32()),
+        ("n_loss_tokens", pa.int32()),
+    ]
+)
+PACKS = pa.schema(
+    [
+        ("pack", pa.int32()),
+        ("first_row", pa.int64()),
+        ("n_rows", pa.int32()),
+        ("n_tokens", pa.int32()),
+        ("n_patches", pa.int32()),
+        ("n_loss_tokens", pa.int32()),
+        ("source", pa.string()),
+    ]
+)
+COUNTED = ("n_tokens", "n_patches", "n_loss_tokens")
+
+EXPOSURES = """
+SELECT key, CAST(exposure AS INTEGER) AS exposure, source, shard, "offset", length, template,
+  n_images, n_patches, n_loss_tokens, n_tokens
+FROM read_parquet($lock), unnest(range(n_repeats)) AS repeats(exposure)
+ORDER BY IF($by_source, source, ''), md5(key || exposure || $seed), key, exposure, shard, "offset"
+"""
+
+# What should have been packed and what was, from the two files and not from the arrays between them.
+LOCK_SUMS = """
+SELECT source, CAST(sum(n_repeats * n_tokens::BIGINT) AS BIGINT) AS n_tokens,
+  CAST(sum(n_repeats * n_patches::BIGINT) AS BIGINT) AS n_patches,
+  CAST(sum(n_repeats * n_loss_tokens::BIGINT) AS BIGINT) AS n_loss_tokens
+FROM read_parquet($lock)
+GROUP BY source
+ORDER BY source
+"""
+PLAN_SUMS = """
+SELECT source, count(DISTINCT pack) AS n_packs, CAST(sum(n_tokens) AS BIGINT) AS n_tokens,
+  CAST(sum(n_patches) AS BIGINT) AS n_patches, CAST(sum(n_loss_tokens) AS BIGINT) AS n_loss_tokens
+FROM read_parquet($plan)
+GROUP BY source
+ORDER BY source
+"""
+
+Sums = dict[str, dict[str, int]]  # source -> column -> sum
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What is put into packs: whole documents and the pieces of long ones, in stream order.
+
+    n_exposures: every sample of the lock counted once per repeat.
+    """
+
+    exposures: pa.Table  # n_exposures rows
+    sources: list[str]
+    source_of: np.ndarray  # (n_exposures,) index into `sources`
+    totals: dict[str, np.ndarray]  # column -> (n_exposures,) int64
+    n_pieces: np.ndarray  # (n_exposures,) 1 = whole, 0 = dropped as over-long
+    row: np.ndarray  # (n_pieces,) the exposure it comes from
+    begin: np.ndarray  # (n_pieces,) its first token in the document
+    end: np.ndarray
+    counts: dict[str, np.ndarray]  # column -> (n_pieces,) int64
+
+    @property
+    def source(self) -> np.ndarray:
+        """Index into `sources` of each piece."""
+        return np.take(self.source_of, self.row)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Pieces of the packs that are trained, pack after pack."""
+
+    piece: np.ndarray  # (n_rows,)
+    pack: np.ndarray  # (n_rows,) 0, 0, ..., 1, 1, ...
+
+    @property
+    def first(self) -> np.ndarray:
+        """Row at which each pack begins."""
+        return np.flatnonzero(np.diff(self.pack, prepend=-1))
+
+
+def run(job: Job) -> Result:
+    """Write plan.parquet and packs.parquet for one mix."""
+    pack_tokens, batch_packs = job.spec["pack_tokens"], job.spec["batch_packs"]
+    by_source = job.spec["pack_by"] == "source"
+    lock = job.one("curate").path / "lock.parquet"
+    con = duckdb.connect(config={"threads": max(1, job.workers), "temp_directory": str(job.work / "duckdb")})
+    params = {"lock": str(lock), "by_source": by_source, "seed": str(job.spec["seed"])}
+    pieces = cut(con.sql(EXPOSURES, params=params).to_arrow_table().combine_chunks(), pack_tokens)
+    order, first = assign(pieces, pack_tokens, by_source=by_source)
+    ranks = arrange(pieces, order[first[:-1]], job.spec["seed"])
+    job.progress(f"pack/{job.name}: {len(pieces.row)} documents and pieces in {len(ranks)} packs")
+    n_packs = len(ranks) - len(ranks) % batch_packs
+    if not n_packs:
+        raise SpecError(
+            f"pack/{job.name}: have {len(ranks)} packs of {pack_tokens} tokens, batch_packs needs {batch_packs} "
+            f"({(pieces.n_pieces == 0).sum()} of {len(pieces.n_pieces)} documents are longer than a pack); "
+            f"raise budget_tokens or epochs in mixes/{job.name}.yaml, or lower batch_packs"
+        )
+    plan = members(order, first, ranks[:n_packs])
+    write_plan(job.out, pieces, plan)
+    write_packs(job.out, pieces, plan, by_source=by_source)
+    lost = losses(pieces, members(order, first, ranks[n_packs:]).piece)
+    sources = check_sums(f"pack/{job.name}", con, lock, job.out / "plan.parquet", lost)
+    con.close()
+    return result(pieces, plan, lost, sources, pack_tokens)
+
+
+def cut(exposures: pa.Table, pack_tokens: int) -> Pieces:
+    """Documents as they are, long plain text in pieces of `pack_tokens`, other long documents not at all."""
+    names = exposures["source"].dictionary_encode().combine_chunks()
+    totals = {k: exposures[k].to_numpy().astype(np.int64) for k in COUNTED}
+    n_tokens = totals["n_tokens"]
+    # Which tokens of a text with user turns are targets is not known here, so only a text that is all answer is cut.
+    can_split = pc.equal(exposures["template"], "plain").to_numpy() & (exposures["n_images"].to_numpy() == 0)
+    can_split &= totals["n_loss_tokens"] == n_tokens - 1
+    n_pieces = np.where(n_tokens <= pack_tokens, 1, np.where(can_split, -(-n_tokens // pack_tokens), 0))
+    row = np.repeat(np.arange(len(n_tokens)), n_pieces)
+    begin = (np.arange(len(row)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)) * pack_tokens
+    end = np.minimum(begin + pack_tokens, n_tokens[row])
+    counts = {name: values[row] for name, values in totals.items()}
+    is_piece = n_pieces[row] > 1
+    counts["n_loss_tokens"] = np.where(is_piece, end - begin - 1, counts["n_loss_tokens"])
+    counts["n_tokens"] = end - begin
+    sources, source_of = names.dictionary.to_pylist(), names.indices.to_numpy()
+    return Pieces(exposures, sources, source_of, totals, n_pieces, row, begin, end, counts)
+
+
+def assign(pieces: Pieces, pack_tokens: int, *, by_source: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces in the order they are placed, and where each pack begins in that order (and the last one ends)."""
+    # The stream is sorted by source where a pack holds one source, so each source is one stretch of it.
+    borders = np.flatnonzero(np.diff(pieces.source)) + 1 if by_source else np.zeros(0, dtype=np.int64)
+    stretches = np.split(np.arange(len(pieces.row)), borders)
+    orders, firsts = [], [np.zeros(1, dtype=np.int64)]
+    for stretch in stretches:
+        packs = bestfit.pack(pieces.counts["n_tokens"][stretch], pack_tokens)
+        orders.append(stretch[packs.order])
+        firsts.append(packs.first[1:] + firsts[-1][-1])
+    return np.concatenate(orders), np.concatenate(firsts)
+
+
+def arrange(pieces: Pieces, leaders: np.ndarray, seed: int) -> np.ndarray:
+    """Packs in training order: by a hash of their first piece, so all sources mix and none depends on another.
+
+    `begin` is in the hash: without it the pieces of one long text would be neighbours.
+    """
+    rows = pa.array(pieces.row[leaders])
+    keys, exposures = (pieces.exposures[name].take(rows).to_pylist() for name in ("key", "exposure"))
+    begins = pieces.begin[leaders].tolist()
+    names = [f"{key}:{i}:{begin}:{seed}" for key, i, begin in zip(keys, exposures, begins, strict=True)]
+    digests = [hashlib.md5(name.encode(), usedforsecurity=False).digest() for name in names]
+    return np.array(sorted(range(len(names)), key=lambda i: (digests[i], i)), dtype=np.int64)
+
+
+def members(order: np.ndarray, first: np.ndarray, packs: np.ndarray) -> Planned:
+    """Pieces of the given packs, pack after pack, with the packs numbered anew."""
+    sizes = np.diff(first)[packs]
+    number = np.repeat(np.arange(len(packs)), sizes)
+    slot = np.arange(len(number)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return Planned(order[first[packs][number] + slot], number)
+
+
+def write_plan(out: Path, pieces: Pieces, plan: Planned) -> None:
+    """One row per planned piece; row groups are cut by row number alone."""
+    slot = np.arange(len(plan.pack)) - plan.first[plan.pack]
+    aside = out / "plan.parquet.tmp"
+    with pq.ParquetWriter(aside, PLAN, compression="zstd") as writer:
+        for low in range(0, len(slot), ROW_GROUP):
+            part = slice(low, low + ROW_GROUP)
+            piece = plan.piece[part]
+            rows = pieces.exposures.take(pa.array(pieces.row[piece]))
+            columns = {name: rows[name] for name in PLAN.names if name in rows.column_names}
+            columns |= {"pack": plan.pack[part], "slot": slot[part]}
+            columns |= {"begin": pieces.begin[piece], "end": pieces.end[piece]}
+            columns |= {name: pieces.counts[name][piece] for name in COUNTED}
+            table = pa.table({name: columns[name] for name in PLAN.names}).cast(PLAN)
+            writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)
+    aside.replace(out / "plan.parquet")
+
+
+def write_packs(out: Path, pieces: Pieces, plan: Planned, *, by_source: bool) -> None:
+    """One row per pack: its rows in the plan, its sums and its source."""
+    first = plan.first
+    sources = [pieces.sources[i] if by_source else MIX for i in pieces.source[plan.piece[first]]]
+    columns = {"pack": np.arange(len(first)), "first_row": first, "n_rows": np.diff(first, append=len(plan.pack))}
+    columns |= {name: np.add.reduceat(pieces.counts[name][plan.piece], first) for name in COUNTED}
+    table = pa.table(columns | {"source": pa.array(sources)}).cast(PACKS)
+    aside = out / "packs.parquet.tmp"
+    pq.write_table(table, aside, compression="zstd", row_group_size=ROW_GROUP)
+    aside.replace(out / "packs.parquet")
+
+
+def losses(pieces: Pieces, left_out: np.ndarray) -> dict[str, Sums]:
+    """Tokens of the lock that are in no pack of the plan, by reason, source and column."""
+    over = np.flatnonzero(pieces.n_pieces == 0)
+    cuts = np.maximum(pieces.n_pieces - 1, 0)
+
+    def by_source(source: np.ndarray, counts: dict[str, np.ndarray]) -> Sums:
+        # bincount adds in float64, exact to 2^53: hundreds of times the tokens of any corpus there is.
+        columns = {k: np.bincount(source, weights=v, minlength=len(pieces.sources)) for k, v in counts.items()}
+        return {s: {k: int(v[i]) for k, v in columns.items()} for i, s in enumerate(pieces.sources)}
+
+    return {
+        OVER_LONG: by_source(pieces.source_of[over], {k: pieces.totals[k][over] for k in COUNTED}),
+        INCOMPLETE_BATCH: by_source(pieces.source[left_out], {k: pieces.counts[k][left_out] for k in COUNTED}),
+        BOUNDARIES: by_source(pieces.source_of, {"n_tokens": 0 * cuts, "n_patches": 0 * cuts, "n_loss_tokens": cuts}),
+    }
+
+
+def check_sums(what: str, con: duckdb.DuckDBPyConnection, lock: Path, plan: Path, lost: dict[str, Sums]) -> Sums:
+    """Raise LedgerError unless lock = plan + everything lost, by source and column; the plan's sums by source."""
+    have = sums_of(con, LOCK_SUMS, {"lock": str(lock)})
+    planned = sums_of(con, PLAN_SUMS, {"plan": str(plan)})
+    for source in sorted(have | planned):
+        for name in COUNTED:
+            n_lock = have.get(source, {}).get(name, 0)
+            terms = {"planned": planned.get(source, {}).get(name, 0)}
+            terms |= {reason: by.get(source, {}).get(name, 0) for reason, by in lost.items()}
+            if n_lock != sum(terms.values()):
+                equation = " + ".join(f"{n} {term}" for term, n in terms.items())
+                raise LedgerError(
+                    f"{what}: {source}: the ledger does not close: {n_lock} {name} in the lock != {equation} "
+                    f"= {sum(terms.values())}; this is a bug in the part, please report it"
+                )
+    return planned
+
+
+def sums_of(con: duckdb.DuckDBPyConnection, sql: str, params: dict[str, str]) -> Sums:
+    """Rows of a query by their `source`."""
+    return {row.pop("source"): row for row in con.sql(sql, params=params).to_arrow_table().to_pylist()}
+
+
+def result(pieces: Pieces, plan: Planned, lost: dict[str, Sums], sums: Sums, pack_tokens: int) -> Result:
+    """Counts in documents, statistics in tokens; a document counts as kept when a piece of it is planned."""
+    kept = np.zeros(len(pieces.n_pieces), dtype=bool)
+    kept[pieces.row[plan.piece]] = True
+    over_long = int((pieces.n_pieces == 0).sum())
+    dropped = {OVER_LONG: over_long, INCOMPLETE_BATCH: len(kept) - int(kept.sum()) - over_long}
+    documents = np.bincount(pieces.source_of[kept], minlength=len(pieces.sources)).tolist()
+    nothing = dict.fromkeys(("n_packs", *COUNTED), 0)
+    sources = {s: {"n_documents": n} | sums.get(s, nothing) for s, n in zip(pieces.sources, documents, strict=True)}
+    totals = {name: sum(s[name] for s in sources.values()) for name in COUNTED}
+    lost_tokens = {r: {k: sum(s[k] for s in by.values()) for k in COUNTED} for r, by in lost.items()}
+    n_packs = int(plan.pack[-1]) + 1
+    stats: dict[str, Any] = {
+        "n_packs": n_packs,
+        "pack_tokens": pack_tokens,
+        "fill": round(totals["n_tokens"] / (n_packs * pack_tokens), 6),
+        "n_documents": int(kept.sum()),
+        **totals,
+        "n_text_tokens": totals["n_tokens"] - totals["n_patches"],
+        "sources": dict(sorted(sources.items())),
+        "n_splits": int((pieces.n_pieces > 1).sum()),
+        "split_boundaries": lost_tokens.pop(BOUNDARIES)["n_loss_tokens"],
+        "dropped_tokens": {reason: n["n_tokens"] for reason, n in lost_tokens.items()},
+        "dropped_loss_tokens": {reason: n["n_loss_tokens"] for reason, n in lost_tokens.items()},
+    }
+    return Result(len(kept), int(kept.sum()), dropped, stats)

@@ -1,0 +1,284 @@
+"""Pack: hand-written plans, every token of the lock planned or counted, equal bytes every time."""
+
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from solo import artifact, curate, pack
+from solo.artifact import Artifact, Job, LedgerError, Result
+from solo.spec import SpecError
+
+PACK_TOKENS = 100
+
+
+def rows(source: str, n_tokens: list[int], *, template: str = "plain", images: int = 0, repeats: int = 1) -> list[dict]:
+    """Lock rows; a text-only row is all answer, a row with images has 4 patches and 3 supervised tokens."""
+    return [
+        {
+            "key": f"{source}-{i:012x}",
+            "source": source,
+            "shard": 0,
+            "offset": 512 * i,
+            "length": 512,
+            "template": template,
+            "n_images": images,
+            "n_patches": 4 * images,
+            "n_text_tokens": n - 4 * images,
+            "n_loss_tokens": 3 if images else n - 1,
+            "n_tokens": n,
+            "n_repeats": repeats,
+        }
+        for i, n in enumerate(n_tokens)
+    ]
+
+
+def lengths(n: int, seed: int, low: int = 10, high: int = 60) -> list[int]:
+    return np.random.default_rng(seed).integers(low, high, n).tolist()
+
+
+def lock(root: Path, members: list[dict]) -> Artifact:
+    def run(job: Job) -> Result:
+        pq.write_table(pa.Table.from_pylist(members, schema=curate.LOCK), job.out / "lock.parquet")
+        return Result(len(members), len(members), {}, {})
+
+    spec = {"rows": hashlib.sha256(repr(members).encode()).hexdigest()}
+    return artifact.make(Job("curate", "toy", 1, spec, {}, root, root, 1), run)[0]
+
+
+def job(root: Path, members: list[dict], *, by: str = "source", batch: int = 1, workers: int = 1, seed: int = 1) -> Job:
+    spec = {"pack_tokens": PACK_TOKENS, "pack_by": by, "batch_packs": batch, "seed": seed}
+    return Job("pack", "toy", pack.VERSION, spec, {"curate/toy": lock(root, members)}, root, root, workers)
+
+
+def run(root: Path, members: list[dict], **options) -> Artifact:
+    return artifact.make(job(root, members, **options), pack.run)[0]
+
+
+def plan(made: Artifact) -> list[dict]:
+    return pq.read_table(made.path / "plan.parquet").to_pylist()
+
+
+def packs(made: Artifact) -> list[dict]:
+    return pq.read_table(made.path / "packs.parquet").to_pylist()
+
+
+def digests(made: Artifact) -> dict[str, str]:
+    return {f["path"]: f["sha256"] for f in made.manifest.files}
+
+
+def mixed() -> list[dict]:
+    """Captions, text with documents longer than a pack, and a chat source with one that must be dropped."""
+    chat = rows("chat", [*lengths(20, 3), 250], template="inst")
+    return rows("captions", lengths(60, 1), images=1, repeats=2) + rows("text", [*lengths(30, 2), 100, 101, 350]) + chat
+
+
+def test_hand_written_plan(root: Path) -> None:
+    made = run(root, rows("a", [60, 40, 100]) + rows("b", [30], images=1, repeats=2), by="source")
+    got = {
+        frozenset((r["key"][-1], r["exposure"], r["begin"], r["end"]) for r in plan(made) if r["pack"] == i)
+        for i in range(3)
+    }
+    assert got == {
+        frozenset({("0", 0, 0, 60), ("1", 0, 0, 40)}),
+        frozenset({("2", 0, 0, 100)}),
+        frozenset({("0", 0, 0, 30), ("0", 1, 0, 30)}),
+    }
+    want = {"n_packs": 3, "n_documents": 5, "n_tokens": 260, "n_patches": 8, "n_text_tokens": 252, "n_splits": 0}
+    want |= {"n_loss_tokens": 59 + 39 + 99 + 6, "fill": round(260 / 300, 6), "pack_tokens": 100, "split_boundaries": 0}
+    assert made.manifest.stats.items() >= want.items()
+    assert made.manifest.stats["sources"] == {
+        "a": {"n_documents": 3, "n_packs": 2, "n_tokens": 200, "n_patches": 0, "n_loss_tokens": 197},
+        "b": {"n_documents": 2, "n_packs": 1, "n_tokens": 60, "n_patches": 8, "n_loss_tokens": 6},
+    }
+    assert made.manifest.counts == {"in": 5, "kept": 5, "dropped": {"incomplete_batch": 0, "over_long": 0}}
+
+
+def test_schemas_and_order(root: Path) -> None:
+    made = run(root, mixed(), by="mix", batch=4)
+    assert pq.read_schema(made.path / "plan.parquet").equals(pack.PLAN)
+    assert pq.read_schema(made.path / "packs.parquet").equals(pack.PACKS)
+    got = [(r["pack"], r["slot"]) for r in plan(made)]
+    sizes = Counter(number for number, _ in got)
+    assert got == [(number, slot) for number in range(len(sizes)) for slot in range(sizes[number])]
+    assert len(sizes) % 4 == 0
+
+
+def test_packs_table_sums_the_plan(root: Path) -> None:
+    made = run(root, mixed())
+    everything = plan(made)
+    for i, row in enumerate(packs(made)):
+        part = everything[row["first_row"] : row["first_row"] + row["n_rows"]]
+        assert {r["pack"] for r in part} == {i} == {row["pack"]}
+        for name in pack.COUNTED:
+            assert row[name] == sum(r[name] for r in part)
+        assert row["n_tokens"] <= PACK_TOKENS
+    assert sum(r["n_rows"] for r in packs(made)) == len(everything)
+
+
+def test_pack_by_source_never_mixes_and_pack_by_mix_does(root: Path) -> None:
+    apart, together = run(root, mixed(), by="source"), run(root, mixed(), by="mix")
+    sources = {r["pack"]: set() for r in plan(apart)}
+    for r in plan(apart):
+        sources[r["pack"]].add(r["source"])
+    assert [{r["source"]} for r in packs(apart)] == [sources[i] for i in range(len(sources))]
+    mixes = Counter(r["pack"] for r in {(r["pack"], r["source"]): r for r in plan(together)}.values())
+    assert max(mixes.values()) == 3
+    assert {r["source"] for r in packs(together)} == {"mix"}
+
+
+def test_repeats_are_expanded_and_each_is_placed_once(root: Path) -> None:
+    members = rows("a", lengths(30, 1), repeats=3)
+    got = Counter((r["key"], r["exposure"]) for r in plan(run(root, members)))
+    assert got == Counter((m["key"], i) for m in members for i in range(3))
+
+
+def test_long_text_is_cut_and_each_cut_costs_one_target(root: Path) -> None:
+    made = run(root, rows("text", [350, 101, 100]))
+    pieces = sorted((r["key"][-1], r["begin"], r["end"], r["n_tokens"], r["n_loss_tokens"]) for r in plan(made))
+    assert pieces == [
+        ("0", 0, 100, 100, 99),
+        ("0", 100, 200, 100, 99),
+        ("0", 200, 300, 100, 99),
+        ("0", 300, 350, 50, 49),
+        ("1", 0, 100, 100, 99),
+        ("1", 100, 101, 1, 0),
+        ("2", 0, 100, 100, 99),
+    ]
+    stats = made.manifest.stats
+    assert (stats["n_splits"], stats["split_boundaries"], stats["n_documents"]) == (2, 4, 3)
+    assert stats["n_loss_tokens"] == (349 + 100 + 99) - 4
+    assert made.manifest.counts["kept"] == 3
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        rows("a", [101], images=1)[0],
+        rows("a", [101], template="inst")[0],
+        # Text with a user turn: where its targets lie is not known here.
+        rows("a", [101])[0] | {"n_loss_tokens": 50},
+    ],
+)
+def test_other_long_documents_are_dropped_and_counted(root: Path, member: dict) -> None:
+    made = run(root, [member, *rows("b", [50])])
+    assert made.manifest.counts == {"in": 2, "kept": 1, "dropped": {"over_long": 1, "incomplete_batch": 0}}
+    assert made.manifest.stats["dropped_tokens"] == {"over_long": 101, "incomplete_batch": 0}
+    assert made.manifest.stats["dropped_loss_tokens"]["over_long"] == member["n_loss_tokens"]
+    assert made.manifest.stats["sources"]["a"]["n_documents"] == 0
+
+
+@pytest.mark.parametrize("by", ["source", "mix"])
+@pytest.mark.parametrize("batch", [1, 13])
+def test_every_token_is_planned_or_counted(root: Path, by: str, batch: int) -> None:
+    members = mixed()
+    made = run(root, members, by=by, batch=batch)
+    stats, counts = made.manifest.stats, made.manifest.counts
+    for name, lost in (("n_tokens", "dropped_tokens"), ("n_loss_tokens", "dropped_loss_tokens")):
+        cuts = stats["split_boundaries"] if name == "n_loss_tokens" else 0
+        in_lock = sum(m[name] * m["n_repeats"] for m in members)
+        assert in_lock == stats[name] + sum(stats[lost].values()) + cuts
+        assert stats[name] == sum(r[name] for r in plan(made))
+    assert counts["in"] == 60 * 2 + 33 + 21
+    assert counts["dropped"]["over_long"] == 1, "the guard: one document really was too long"
+    assert (batch == 1) == (stats["dropped_tokens"]["incomplete_batch"] == 0), "and one batch really was incomplete"
+    assert counts["kept"] == len({(r["key"], r["exposure"]) for r in plan(made)}) == stats["n_documents"]
+
+
+def test_the_incomplete_batch_is_the_last(root: Path) -> None:
+    whole, cut = run(root, mixed(), batch=1), run(root, mixed(), batch=7)
+    n = len(packs(whole)) // 7 * 7
+    assert len(packs(whole)) > n
+    assert packs(cut) == packs(whole)[:n]
+
+
+def test_fewer_packs_than_a_batch(root: Path) -> None:
+    with pytest.raises(
+        SpecError, match=r"pack/toy: have 2 packs of 100 tokens, batch_packs needs 3 .*lower batch_packs"
+    ):
+        run(root, rows("a", [90, 90]), batch=3)
+    with pytest.raises(SpecError, match=r"have 0 packs.*\(1 of 1 documents are longer than a pack\)"):
+        run(root, rows("a", [101], images=1))
+
+
+def test_other_sources_do_not_change_what_a_pack_holds_or_its_place_among_its_own(root: Path) -> None:
+    alone = run(root, rows("captions", lengths(60, 1), images=1))
+    among = run(root, rows("captions", lengths(60, 1), images=1) + rows("text", lengths(40, 2)))
+
+    def contents(made: Artifact) -> list[tuple]:
+        held: dict[int, list] = {}
+        for r in plan(made):
+            if r["source"] == "captions":
+                held.setdefault(r["pack"], []).append((r["key"], r["exposure"]))
+        return [tuple(held[i]) for i in sorted(held)]
+
+    assert contents(alone) == contents(among)
+    turns = [r["source"] for r in packs(among)]
+    assert turns not in (sorted(turns), sorted(turns, reverse=True)), "packs of both sources are mixed"
+
+
+def test_the_seed_moves_the_order(root: Path) -> None:
+    members = rows("a", lengths(100, 1))
+    assert [r["key"] for r in plan(run(root, members))] != [r["key"] for r in plan(run(root, members, seed=2))]
+
+
+def test_equal_bytes_on_one_and_four_threads_and_twice(tmp_path: Path) -> None:
+    members = rows("a", lengths(5_000, 1), repeats=2) + rows("b", lengths(2_000, 2), images=1)
+    made = [run(tmp_path / str(i), members, workers=w, by=by) for i, (w, by) in enumerate([(1, "mix"), (4, "mix")])]
+    assert digests(made[0]) == digests(made[1])
+    assert set(digests(made[0])) == {"plan.parquet", "packs.parquet"}
+    made[0].path.joinpath("manifest.json").unlink()
+    again = run(tmp_path / "0", members, by="mix")
+    assert digests(again) == digests(made[0])
+
+
+def _die_when_packed(root: Path) -> None:
+    wanted = dataclasses.replace(job(root, mixed()), progress=lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    artifact.make(wanted, pack.run)
+
+
+def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_die_when_packed, args=(tmp_path / "killed",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    half = job(tmp_path / "killed", mixed()).out
+    assert half.is_dir()
+    assert not (half / "manifest.json").exists()
+    # A kill between and inside the two writes leaves these.
+    (half / "plan.parquet").write_bytes(b"PAR1 of another run")
+    (half / "packs.parquet.tmp").write_bytes(b"half a file")
+    made = [run(tmp_path / name, mixed()) for name in ("killed", "whole")]
+    assert digests(made[0]) == digests(made[1])
+
+
+@pytest.mark.parametrize("damage", ["row lost", "loss token lost", "source invented"])
+def test_a_sum_that_does_not_close_is_caught(root: Path, damage: str) -> None:
+    wanted = job(root, mixed())
+    made = artifact.make(wanted, pack.run)[0]
+    table = pq.read_table(made.path / "plan.parquet")
+    zero = {s: dict.fromkeys(pack.COUNTED, 0) for s in ("captions", "chat", "text")}
+    over = {pack.OVER_LONG: zero | {"chat": {"n_tokens": 250, "n_patches": 0, "n_loss_tokens": 249}}}
+    lost = over | {pack.BOUNDARIES: zero | {"text": {"n_tokens": 0, "n_patches": 0, "n_loss_tokens": 4}}}
+    con, files = duckdb.connect(), (wanted.one("curate").path / "lock.parquet", root / "plan.parquet")
+    pq.write_table(table, files[1])
+    pack.check_sums("pack/toy", con, *files, lost)
+    broken = table.to_pylist()
+    if damage == "row lost":
+        broken.pop()
+    elif damage == "loss token lost":
+        broken[0]["n_loss_tokens"] -= 1
+    else:
+        broken.append(broken[0] | {"source": "nowhere"})
+    pq.write_table(pa.Table.from_pylist(broken, schema=pack.PLAN), files[1])
+    with pytest.raises(LedgerError, match=r"pack/toy: .*: the ledger does not close: .* in the lock != .* planned"):
+        pack.check_sums("pack/toy", con, *files, lost)
