@@ -62,9 +62,9 @@ class Rejected:
 
 
 def make_key(source: str, identity: str | bytes) -> str:
-    """`{source}-{12 hex}` from the source's own id or the content; no dots, as webdataset splits there."""
+    """`{source}-{16 hex}` from the source's own id or the content; no dots, as webdataset splits there."""
     raw = identity if isinstance(identity, bytes) else identity.encode()
-    return f"{source}-{hashlib.sha256(raw).hexdigest()[:12]}"
+    return f"{source}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 def image_suffix(data: bytes) -> str:
