@@ -1,0 +1,377 @@
+"""train: one stage on DeepSpeed, launched and watched as a process group of its own.
+
+In: a pack plan, the shards it names, the weights of the stage before. Out: `checkpoint/` (Hugging Face layout),
+`trained.parquet` (one row per pack), and, volatile, `metrics.jsonl` and `train.log`. Invariants: the trained packs and
+tokens equal the plan's; a stage killed at any step and run again gives the bytes of an undisturbed run (same ranks,
+same kind of machine); no process outlives this one. No torch here: it costs two seconds, and the ranks load it anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from solo import checkpoint
+from solo.artifact import Job, LedgerError, Result, canonical, write_atomic
+from solo.spec import Stage
+
+VERSION = 1
+
+log = logging.getLogger(__name__)
+
+Device = Literal["cpu", "cuda"]
+Metrics = dict[str, Any]
+
+REPOSITORY = Path(__file__).parents[1]
+DEEPSPEED = {"cpu": "infra/deepspeed/cpu.json", "cuda": "infra/deepspeed/zero1.json"}
+
+# What a DeepSpeed file may say: how to run. Everything else it knows changes the weights, and the recipe says that.
+HOW_KEYS = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "aio",
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+}
+# Their owners, for the error message.
+OWNERS = {
+    "train_batch_size": "batch_packs",
+    "train_micro_batch_size_per_gpu": "batch_packs (one pack a micro-step)",
+    "gradient_accumulation_steps": "batch_packs",
+    "gradient_clipping": "clip_norm",
+    "optimizer": "learning_rate, betas, eps and weight_decay",
+    "scheduler": "schedule, warmup_steps, learning_rate and min_learning_rate",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+
+GRACE_S = 20.0  # Prefect kills a run 30 s after it asked, and the ranks' checkpoint must be on disk before that
+POLL_S = 0.1
+PROGRESS_S = 10.0
+
+
+class Interrupted(RuntimeError):
+    """The stage was told to stop, and did; run it again and it goes on from its newest checkpoint."""
+
+
+def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
+    """Train the stage to its end, from the newest complete checkpoint of an attempt before, if there is one."""
+    stage = Stage.model_validate(job.spec["stage"])
+    plan = pq.read_table(job.one("pack").path / "packs.parquet")
+    if plan.num_rows < stage.batch_packs:
+        raise ValueError(
+            f"train/{job.name}: the plan has {plan.num_rows} packs, one step needs batch_packs = {stage.batch_packs}; "
+            f"add data to mix {stage.mix!r} or lower pack_tokens or batch_packs"
+        )
+    assert plan.num_rows % stage.batch_packs == 0, f"pack left {plan.num_rows} packs, batches of {stage.batch_packs}"
+    n_steps = plan.num_rows // stage.batch_packs
+    n_gpus = gpu_count()
+    ranks = rank_count(n_gpus, stage)
+    device: Device = "cuda" if n_gpus else "cpu"
+    if not (job.out / "checkpoint").is_dir():  # made last: where it is, only the manifest is missing
+        task = _task(job, stage, device=device, ranks=ranks)
+        watch = Watch(job, n_steps, on_metric, first_step=task["first_step"])
+        _train(job, task, watch, ranks=ranks, device=device)
+    return _result(job, plan, n_steps=n_steps, ranks=ranks)
+
+
+def gpu_count() -> int:
+    """GPUs this process may use, without loading torch: CUDA_VISIBLE_DEVICES where set, else the device files."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def rank_count(n_gpus: int, stage: Stage) -> int:
+    """$SOLO_RANKS, else one rank per GPU, else two (or the one core there is); they must divide the batch."""
+    asked = os.environ.get("SOLO_RANKS")
+    if asked is not None and not (asked.isdigit() and int(asked) > 0):
+        raise ValueError(f"SOLO_RANKS: {asked!r} is not a number of processes; set 1 or more, or unset it")
+    ranks = int(asked) if asked else n_gpus or min(2, _core_count())
+    if n_gpus and ranks > n_gpus:
+        raise ValueError(f"SOLO_RANKS: {ranks} processes need as many GPUs, {n_gpus} are visible; unset it")
+    if stage.batch_packs % ranks:
+        fitting = [n for n in range(1, stage.batch_packs + 1) if stage.batch_packs % n == 0]
+        raise ValueError(
+            f"{stage.name}: batch_packs = {stage.batch_packs} = {stage.batch_packs // ranks} x {ranks} ranks + "
+            f"{stage.batch_packs % ranks}; every rank must train as many packs, so set SOLO_RANKS to one of {fitting}"
+        )
+    return ranks
+
+
+def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
+    """A DeepSpeed file (how to run) completed by the stage (what to train); a key both own is an error."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable DeepSpeed configuration ({error}); see $SOLO_DEEPSPEED") from None
+    for key in given:
+        if key not in HOW_KEYS:
+            owner = f"the stage's {OWNERS[key]} says that" if key in OWNERS else "it may change the weights"
+            raise ValueError(f"{path}: key {key!r} does not belong here, {owner}; keys allowed: {sorted(HOW_KEYS)}")
+    zero = given.get("zero_optimization", {}).get("stage", 0)
+    if zero not in (1, 2):
+        raise ValueError(f"{path}: zero_optimization.stage is {zero}; use 1 or 2 (0 has no gradient norm in fp32)")
+    config: dict[str, Any] = given | {
+        "train_batch_size": stage.batch_packs,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": stage.batch_packs // ranks,
+        "gradient_clipping": stage.clip_norm,
+    }
+    if stage.precision == "bf16":
+        # Sums over a batch of packs would lose their last bits in bf16, so gradients are kept and summed in fp32.
+        fp32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        config |= {"bf16": {"enabled": True}} | fp32
+    return config
+
+
+class Watch:
+    """Follows `train.log`: keeps `metrics.jsonl`, tells the metrics on, remembers why a rank failed."""
+
+    def __init__(self, job: Job, n_steps: int, tell: Callable[[Metrics], None] | None, *, first_step: int) -> None:
+        self.log = job.out / "train.log"
+        self.metrics = job.out / "metrics.jsonl"
+        self.tell = tell
+        self.progress = job.progress
+        self.n_steps = n_steps
+        self.failure: str | None = None
+        self.interrupted = False
+        self.said_at = time.monotonic()
+        self.log.touch()
+        # The log is written by the ranks themselves, so it has also the steps that a killed supervisor never copied.
+        lines = self.log.read_bytes().splitlines()
+        rows = {row["step"]: row for line in lines if "step" in (row := _parse(line)) and row["step"] <= first_step}
+        write_atomic(self.metrics, b"".join(canonical(rows[step]) + b"\n" for step in sorted(rows)))
+        self.offset = self.log.stat().st_size
+
+    def read(self, *, quiet: bool = False) -> None:
+        """Take in the whole lines that came since the last call; `quiet` tells nobody."""
+        with self.log.open("rb") as file:
+            file.seek(self.offset)
+            whole = file.read().rpartition(b"\n")[0]
+        if not whole:
+            return
+        self.offset += len(whole) + 1
+        for line in whole.split(b"\n"):
+            row = _parse(line)
+            if "step" in row:
+                with self.metrics.open("ab") as out:
+                    out.write(canonical(row) + b"\n")
+                if not quiet:
+                    self._say(row)
+            elif row.get("event") == "failed":
+                self.failure = self.failure or f"rank {row['rank']}: {row['error']}"
+            elif row.get("event") == "interrupted":
+                self.interrupted = True
+            elif killed := re.match(rb"\s*exitcode\s*:\s*-(\d+)", line):
+                name = signal.Signals(int(killed[1])).name
+                self.failure = self.failure or f"a rank was killed by {name} (SIGKILL: out of memory?)"
+
+    def _say(self, row: Metrics) -> None:
+        if self.tell:
+            self.tell(row)
+        now = time.monotonic()
+        if now - self.said_at >= PROGRESS_S or row["step"] == self.n_steps:
+            self.said_at = now
+            self.progress(
+                f"step {row['step']}/{row['n_steps']} loss {row['loss']:.4f} lr {row['lr']:.2e} "
+                f"{row['tokens_per_s']:,.0f} tokens/s, {row['eta_s']:.0f} s left"
+            )
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The metrics or event of a line, or nothing where it is an ordinary one."""
+    if line.startswith(b"{"):
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and ("event" in row or {"step", "n_steps", "loss"} <= row.keys()):
+                return row
+    return {}
+
+
+def _core_count() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, Any]:
+    """All that a rank needs to know, as the JSON of its job file."""
+    path = Path(os.environ.get("SOLO_DEEPSPEED") or REPOSITORY / DEEPSPEED[device])
+    before = list(job.of("train").values())
+    init = job.spec["model"]["init"]
+    checkpoints = job.work / "checkpoints"
+    found = checkpoint.newest(checkpoints)
+    if found and found.world_size != ranks:
+        raise ValueError(
+            f"train/{job.name}: {found.path} holds the optimizer state of {found.world_size} ranks, this run has "
+            f"{ranks}; set SOLO_RANKS={found.world_size}, or delete {checkpoints} to start the stage afresh"
+        )
+    return {
+        "stage": job.spec["stage"],
+        "model": job.spec["model"],
+        "tokens": job.spec["tokens"],
+        "seed": job.spec["seed"],
+        "device": device,
+        "deepspeed": deepspeed_config(path, stage, ranks),
+        "plan": str(job.one("pack").path.resolve()),
+        "plan_digest": job.one("pack").manifest.digest,
+        "shards": {name: str(shard.path.resolve()) for name, shard in sorted(job.of("shard").items())},
+        "init": str(before[0].path / "checkpoint") if before else init if init == "random" else str(job.specs / init),
+        "resume": str(found.path) if found else None,
+        "first_step": found.step if found else 0,
+        "work": str(job.work.resolve()),
+        "out": str(job.out.resolve()),
+    }
+
+
+def _train(job: Job, task: dict[str, Any], watch: Watch, *, ranks: int, device: Device) -> None:
+    """Launch the ranks and follow them to their end; whatever happens, none is left behind."""
+    job_file = job.work / "job.json"
+    write_atomic(job_file, canonical(task))
+    if task["resume"]:
+        job.progress(f"goes on after step {task['first_step']}/{watch.n_steps} from {task['resume']}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(ranks), "-m", "solo.trainer", str(job_file)]
+    code = 0
+    try:
+        with _sigterm_raises():
+            code = _follow(command, _environment(ranks, device), watch)
+    except Interrupted:
+        watch.interrupted = True
+    if watch.interrupted:
+        raise Interrupted(f"train/{job.name}: stopped on request{_left(job)}; run again to go on")
+    if code or not (job.out / "checkpoint").is_dir():
+        why = watch.failure or f"the launcher ended with code {code}"
+        raise RuntimeError(f"train/{job.name}: {why}; the whole story is in {watch.log}")
+
+
+def _environment(ranks: int, device: Device) -> dict[str, str]:
+    path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
+    env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "SOLO_SUPERVISED": "1"}
+    env["OMP_NUM_THREADS"] = str(max(1, _core_count() // ranks))
+    if device == "cpu":
+        # Nothing is compiled on a CPU, yet DeepSpeed's optimizer check decorates Muon with torch.compile, which loads
+        # inductor: 1.4 s of every start.
+        env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+        if Path("/sys/class/net/lo").exists():
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo resolves the host name, which containers may lack
+    return env
+
+
+def _follow(command: Sequence[str], env: dict[str, str], watch: Watch) -> int:
+    """Exit code of the launcher, its log followed meanwhile."""
+    with watch.log.open("ab") as out:
+        # The ranks hold the other end of this pipe and exit when it closes, which the kernel does even after SIGKILL.
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
+    try:
+        while child.poll() is None:
+            watch.read()
+            time.sleep(POLL_S)
+        watch.read()
+        return child.returncode
+    finally:
+        _stop(child)
+        watch.read(quiet=True)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the group, which its ranks answer with a checkpoint; SIGKILL to what is left after the grace."""
+    assert child.stdin
+    try:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGTERM)  # the launcher passes it on: each rank leads a session of its own
+            child.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        log.warning("the ranks did not end within %.0f s of SIGTERM; killed", GRACE_S)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        child.stdin.close()
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turn a SIGTERM that would end this process on the spot into `Interrupted`; a handler set by others stays."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("SIGTERM")
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _left(job: Job) -> str:
+    names = sorted(p.name for p in (job.work / "checkpoints").glob("step-*"))
+    return f", checkpoint {names[-1]} is complete" if names else ", before the first checkpoint"
+
+
+def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
+    """Compare what the ranks say they trained with the plan, pack by pack, and sum it up."""
+    trained = pq.read_table(job.out / "trained.parquet")
+    columns = ["pack", "n_tokens", "n_loss_tokens"]
+    for column in columns:
+        if trained[column].combine_chunks() != plan[column].cast(trained[column].type).combine_chunks():
+            ours, theirs = (f"{t.num_rows} packs, {pc.sum(t[column])} {column}" for t in (trained, plan))
+            raise LedgerError(f"train/{job.name}: trained {ours} != planned {theirs}, or not pack by pack ({column})")
+    metrics = [json.loads(line) for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
+    facts = json.loads((job.out / "checkpoint" / "solo.json").read_bytes())
+    stats: dict[str, Any] = {
+        "n_packs": trained.num_rows,
+        "n_steps": n_steps,
+        "n_tokens": pc.sum(trained["n_tokens"]).as_py(),
+        "n_loss_tokens": pc.sum(trained["n_loss_tokens"]).as_py(),
+        "loss_first": metrics[0]["loss"],
+        "loss_last": metrics[-1]["loss"],
+        "tokens_per_s": round(statistics.median(m["tokens_per_s"] for m in metrics), 1),
+        "input_stall_share": round(sum(m["input_stall_s"] for m in metrics) / sum(m["step_s"] for m in metrics), 4),
+        "ranks": ranks,
+        "n_parameters": facts["n_parameters"],
+        "sources": _by_source(trained, metrics),
+    }
+    n_trained = trained.num_rows
+    return Result(plan.num_rows, n_trained, {}, stats, volatile=("metrics.jsonl", "train.log"))
+
+
+def _by_source(trained: pa.Table, metrics: Sequence[Metrics]) -> dict[str, dict[str, Any]]:
+    rows = pc.list_flatten(trained["sources"]).combine_chunks()
+    table = pa.table({name: rows.field(name) for name in ("source", "n_tokens", "n_loss_tokens")})
+    sums = table.group_by("source").aggregate([("n_tokens", "sum"), ("n_loss_tokens", "sum")]).sort_by("source")
+    last = {source: loss for m in metrics for source, loss in m["sources"].items()}
+    return {
+        row["source"]: {
+            "n_tokens": row["n_tokens_sum"],
+            "n_loss_tokens": row["n_loss_tokens_sum"],
+            "loss_last": last.get(row["source"]),
+        }
+        for row in sums.to_pylist()
+    }

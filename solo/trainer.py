@@ -1,0 +1,361 @@
+"""Trainer: one rank of a stage, started by `solo.train` as `python -m solo.trainer JOBFILE` under torchrun.
+
+In: a job file (plan, shards, weights to start from, stage, DeepSpeed configuration). Out: one JSON line per optimizer
+step on stdout (rank 0), checkpoints in the work folder, at the end `trained.parquet` and `checkpoint/`. Invariants:
+optimizer step s trains packs [(s-1)B, sB) whatever the number of ranks; all ranks make the same collective calls, so
+also a pack without targets or images is run; rows of packs are part of a checkpoint. Cost: the model's, plus one
+all-reduce of a few numbers a step, which also carries the wish to stop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from solo import checkpoint
+from solo.artifact import commit, write_atomic
+from solo.loader import NO_TARGET, Pack, PackLoader
+from solo.model import SoloForCausalLM
+from solo.spec import ModelSpec, Stage, Tokens
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+STOPPED = 128 + signal.SIGTERM  # exit code of a rank that was told to stop and did so in good order
+ACTIVATION_BYTES = 28  # kept per token, layer and channel of hidden + intermediate in bf16, about; measured by none
+MEMORY_SHARE = 0.2  # of a GPU's memory for activations; beyond it every layer is computed again in the backward pass
+
+SOURCE = pa.struct(
+    [("source", pa.string()), ("n_tokens", pa.int64()), ("n_loss_tokens", pa.int64()), ("loss", pa.float64())]
+)
+ROW = pa.schema(
+    [
+        ("pack", pa.int64()),
+        ("step", pa.int64()),
+        ("loss", pa.float64()),  # mean cross entropy of the pack's supervised tokens; null where it has none
+        ("n_tokens", pa.int64()),
+        ("n_loss_tokens", pa.int64()),
+        ("sources", pa.list_(SOURCE)),
+    ]
+)
+
+
+def learning_rate(step: int, stage: Stage, n_steps: int) -> float:
+    """Rate of optimizer step 1 ... n_steps: linear warm-up to the peak, then cosine or linear to the minimum.
+
+    The peak is reached at step `warmup_steps` and the minimum at the last step, so no step has rate 0 by warm-up.
+    """
+    assert 1 <= step <= n_steps
+    if step <= stage.warmup_steps:
+        return stage.learning_rate * step / stage.warmup_steps
+    done = (step - stage.warmup_steps) / (n_steps - stage.warmup_steps)
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if stage.schedule == "cosine" else 1.0 - done
+    return stage.min_learning_rate + (stage.learning_rate - stage.min_learning_rate) * left
+
+
+class Trainer:
+    """State of one rank: engine, loader position (the step), rows of the packs it trained."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.task = task
+        self.stage = Stage.model_validate(task["stage"])
+        self.rank, self.n_ranks = dist.get_rank(), dist.get_world_size()
+        self.work, self.out = Path(task["work"]), Path(task["out"])
+        tokens = Tokens.model_validate(task["tokens"])
+        plan, shards = Path(task["plan"]), {s: Path(p) for s, p in task["shards"].items()}
+        self.loader = PackLoader(plan, shards, tokens, self.stage.pack_tokens)
+        self.n_steps = len(self.loader) // self.stage.batch_packs
+        batches = pq.read_table(plan / "packs.parquet")["n_loss_tokens"].to_numpy()
+        self.step_targets = batches.reshape(self.n_steps, self.stage.batch_packs).sum(1)
+        self.sources = sorted(shards)
+        self.stop = False
+        self.step = 0
+        self.rows: list[dict[str, Any]] = []
+        model = SoloForCausalLM.from_spec(
+            ModelSpec.model_validate(task["model"] | {"init": task["init"]}), tokens, task["seed"]
+        )
+        model.recompute_layers = _recomputed(model, self.stage.pack_tokens)
+        model.train()
+        self.n_parameters = sum(p.numel() for p in model.parameters())
+        self.engine = deepspeed.initialize(
+            model=model, optimizer=_optimizer(model, self.stage), config=task["deepspeed"], dist_init_required=False
+        )[0]
+        if task["resume"]:
+            self._load(Path(task["resume"]))
+
+    def run(self) -> bool:
+        """Train to the last step; False when told to stop before it (a checkpoint is then complete)."""
+        packs = self.loader.iterate(
+            self.step, batch_packs=self.stage.batch_packs, rank=self.rank, world_size=self.n_ranks, workers=_workers()
+        )
+        seconds: list[float] = []
+        while self.step < self.n_steps:
+            began = time.monotonic()
+            self.step += 1
+            sums, stopping = self._step(packs)
+            seconds = [*seconds[-20:], time.monotonic() - began]
+            if self.rank == 0:
+                self._say(sums, seconds)
+            if not math.isfinite(sums["loss"]):
+                last = self.step * self.stage.batch_packs - 1
+                raise ValueError(
+                    f"{self.stage.name}: the loss of step {self.step} is {sums['loss']}; lower learning_rate, or look "
+                    f"at packs {last + 1 - self.stage.batch_packs} to {last}"
+                )
+            if stopping or self.step % self.stage.checkpoint_every_steps == 0 < self.n_steps - self.step:
+                self._save()
+            if stopping:
+                return False
+        self._finish()
+        return True
+
+    def _step(self, packs: Iterator[Pack]) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: this rank's packs forward and backward, the update, the sums over ranks."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.stage, self.n_steps)
+        done: list[tuple[Pack, Tensor]] = []
+        stall_s = 0.0
+        for _ in range(self.stage.batch_packs // self.n_ranks):
+            began = time.monotonic()
+            pack = next(packs)
+            stall_s += time.monotonic() - began
+            losses = self.engine(pack)  # (n_supervised,)
+            self.engine.backward(losses.sum() * self._scale(len(losses)))
+            self.engine.step()
+            done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
+        rows = [_row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
+        self.rows += rows
+        return self._reduce(rows, stall_s)
+
+    def _scale(self, n_targets: int) -> float:
+        """What a pack's summed losses are multiplied with, so that the mean over the batch is the step's loss."""
+        if self.stage.loss_average == "pack":
+            return 1.0 / max(n_targets, 1)
+        return self.stage.batch_packs / max(int(self.step_targets[self.step - 1]), 1)
+
+    def _reduce(self, rows: list[dict[str, Any]], stall_s: float) -> tuple[dict[str, Any], bool]:
+        """Sums of the step over all ranks, and whether any rank was told to stop."""
+        n = len(self.sources)
+        own = np.zeros(5 + 2 * n)
+        own[:2] = self.stop, stall_s
+        for row in rows:
+            loss = row["loss"] or 0.0
+            own[2] += loss * row["n_loss_tokens"] * self._scale(row["n_loss_tokens"]) / self.stage.batch_packs
+            own[3:5] += row["n_tokens"], row["n_loss_tokens"]
+            for source in row["sources"]:
+                i = 5 + self.sources.index(source["source"])
+                own[i] += (source["loss"] or 0.0) * source["n_loss_tokens"]
+                own[i + n] += source["n_loss_tokens"]
+        shared = torch.from_numpy(own).to(self.engine.device)
+        dist.all_reduce(shared)
+        total = shared.cpu().tolist()
+        losses = {s: total[5 + i] / total[5 + n + i] for i, s in enumerate(self.sources) if total[5 + n + i]}
+        sums = {
+            "loss": total[2],
+            "tokens": int(total[3]),
+            "loss_tokens": int(total[4]),
+            "input_stall_s": round(total[1] / self.n_ranks, 4),
+            "sources": {source: round(loss, 6) for source, loss in losses.items()},
+        }
+        return sums, bool(total[0])
+
+    def _say(self, sums: dict[str, Any], seconds: list[float]) -> None:
+        typical_s = sum(seconds[-10:]) / len(seconds[-10:])
+        norm = self.engine.get_global_grad_norm()
+        emit(
+            {"step": self.step, "n_steps": self.n_steps}
+            | sums
+            | {
+                "lr": learning_rate(self.step, self.stage, self.n_steps),
+                "grad_norm": None if norm is None else float(norm),
+                "tokens_per_s": round(sums["tokens"] / seconds[-1], 1),
+                "step_s": round(seconds[-1], 4),
+                "eta_s": round(typical_s * (self.n_steps - self.step), 1),
+            }
+        )
+
+    def _save(self) -> None:
+        """A checkpoint from which the same number of ranks goes on bit for bit."""
+        root = self.work / "checkpoints"
+        if self.rank == 0:
+            checkpoint.begin(root, self.step)
+        dist.barrier()
+        aside = checkpoint.aside_of(root, self.step)
+        self.engine.save_checkpoint(str(aside), tag=f"global_step{self.step}", save_latest=False)
+        pq.write_table(pa.Table.from_pylist(self.rows, ROW), aside / f"rows-{self.rank:05d}.parquet")
+        dist.barrier()
+        if self.rank == 0:
+            facts = {"stage": self.stage.name, "plan": self.task["plan_digest"], "commit": commit()}
+            made = checkpoint.seal(aside, step=self.step, world_size=self.n_ranks, facts=facts)
+            log.info("checkpoint %s", made.path)
+        dist.barrier()  # else a rank told to stop may leave, and end the job, before the manifest is written
+
+    def _load(self, folder: Path) -> None:
+        self.step = int(self.task["first_step"])
+        self.engine.load_checkpoint(str(folder), tag=f"global_step{self.step}")
+        self.rows = pq.read_table(folder / f"rows-{self.rank:05d}.parquet").to_pylist()
+
+    def _finish(self) -> None:
+        """Rows of all ranks in pack order, then the weights; `checkpoint/` comes last and says that all is there."""
+        pq.write_table(pa.Table.from_pylist(self.rows, ROW), self.work / f"rows-{self.rank:05d}.parquet")
+        dist.barrier()
+        if self.rank == 0:
+            parts = [pq.read_table(self.work / f"rows-{rank:05d}.parquet") for rank in range(self.n_ranks)]
+            aside = self.out / "trained.parquet.tmp"
+            pq.write_table(pa.concat_tables(parts).sort_by("pack"), aside, compression="zstd")
+            aside.replace(self.out / "trained.parquet")
+            folder = self.work / "checkpoint"
+            shutil.rmtree(folder, ignore_errors=True)
+            self.engine.module.save_pretrained(folder)
+            facts = {
+                "stage": self.stage.name,
+                "n_steps": self.n_steps,
+                "n_parameters": self.n_parameters,
+                "plan": self.task["plan_digest"],
+            }
+            write_atomic(folder / "solo.json", json.dumps(facts, indent=1).encode())
+            folder.replace(self.out / "checkpoint")
+        dist.barrier()
+
+
+def _row(pack: Pack, losses: np.ndarray, step: int) -> dict[str, Any]:
+    """What a pack was and cost, counted from the tensors that were trained."""
+    sources: dict[str, list[Any]] = {}
+    for (source, _, first, last), (_, _, a, b) in zip(pack.segments, pack.loss_ranges(), strict=True):
+        sums = sources.setdefault(source, [0, 0, 0.0])
+        sums[0] += last - first
+        sums[1] += b - a
+        sums[2] += float(losses[a:b].sum())
+    return {
+        "pack": pack.index,
+        "step": step,
+        "loss": float(losses.mean()) if len(losses) else None,
+        "n_tokens": int((pack.document_ids >= 0).sum()),
+        "n_loss_tokens": int((pack.targets != NO_TARGET).sum()),
+        "sources": [
+            {"source": s, "n_tokens": n, "n_loss_tokens": n_loss, "loss": total / n_loss if n_loss else None}
+            for s, (n, n_loss, total) in sorted(sources.items())
+        ],
+    }
+
+
+def _optimizer(model: torch.nn.Module, stage: Stage) -> torch.optim.AdamW:
+    """AdamW; norms (1-D) do not decay, as upstream."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # Fused: one pass over the weights instead of ten, 3 ms instead of 12 for a step of the smallest model on a CPU.
+    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, eps=stage.eps, fused=True)
+
+
+def _recomputed(model: SoloForCausalLM, pack_tokens: int) -> int:
+    """How many layers keep no activations: all where they would fill a GPU, none else; the numbers are the same."""
+    if not torch.cuda.is_available():
+        return 0
+    shape = model.config
+    kept = ACTIVATION_BYTES * pack_tokens * (shape.hidden_size + shape.intermediate_size // 2) * shape.num_hidden_layers
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return shape.num_hidden_layers if kept > MEMORY_SHARE * memory else 0
+
+
+def _workers() -> int:
+    """Threads that load ahead: the cores that the ranks leave over, one at least."""
+    return min(8, max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) - 1))
+
+
+def emit(row: dict[str, Any]) -> None:
+    """One JSON line for the supervisor, in one write, so that lines of other ranks cannot cut it."""
+    sys.stdout.flush()
+    os.write(1, json.dumps(row).encode() + b"\n")
+
+
+def _die_with_parents() -> None:
+    """End this rank when its launcher or its supervisor is gone, also after SIGKILL: it would write beside a rerun."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the launcher
+    if os.environ.get("SOLO_SUPERVISED"):
+
+        def wait() -> None:
+            while os.read(0, 1):
+                pass
+            os._exit(1)
+
+        threading.Thread(target=wait, name="supervisor", daemon=True).start()
+
+
+def _connect(device: str) -> None:
+    if device == "cpu":
+        # DeepSpeed would build a shared-memory all-reduce with g++ here. That takes 25 s and a compiler, and a SIGKILL
+        # during the build leaves a lock file behind for which every later run waits for ever. Gloo gives the same sums.
+        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+        deepspeed.init_distributed("gloo", verbose=False)
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeError("this torch sees no GPU although the machine has one; set CUDA_VISIBLE_DEVICES= for CPU")
+    compilers = [os.environ.get("CC") or "gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        raise RuntimeError(f"attention is compiled on a GPU and needs a C compiler; none of {compilers}: install gcc")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl", verbose=False)
+
+
+def main(job_file: Path) -> int:
+    """Run one rank; its exit code."""
+    _die_with_parents()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("solo").setLevel(logging.INFO)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    rank = int(os.environ["RANK"])
+    told: list[Trainer | None] = [None]
+
+    def stop(*_: object) -> None:
+        if told[0] is None:
+            os._exit(STOPPED)  # nothing is trained yet
+        told[0].stop = True
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        task = json.loads(job_file.read_bytes())
+        _connect(task["device"])
+        trainer = told[0] = Trainer(task)
+        if trainer.run():
+            dist.destroy_process_group()
+            return 0
+        if rank == 0:
+            emit({"event": "interrupted", "step": trainer.step})
+        return STOPPED
+    except Exception as error:
+        traceback.print_exc()
+        emit({"event": "failed", "rank": rank, "error": " ".join(f"{type(error).__name__}: {error}".split())})
+        return 1
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(code)  # no wait for loader threads that still read ahead

@@ -1,0 +1,399 @@
+"""train: schedule, a whole stage on two ranks, kills, stops, refusals; on a plan of a few tiny packs."""
+
+import io
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from solo import artifact, checkpoint, train
+from solo.artifact import Artifact, Job, LedgerError, Manifest, file_sha256
+from solo.pack import PACKS, PLAN
+from solo.patches import grid, image_size
+from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
+from solo.spec import ModelSpec, Stage, Tokens
+from solo.tokens import Tokenizer, tokenize
+
+RECIPE = yaml.safe_load((Path(__file__).parents[1] / "datasets_spec" / "recipes" / "sample.yaml").read_text())
+TOKENS = Tokens.model_validate(RECIPE["tokens"])
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODEL = RECIPE["model"] | SMALL | {"num_key_value_heads": 1}
+N_STEPS = 48
+EVERY = 4
+STAGE = RECIPE["stages"][0] | {
+    "name": "tiny",
+    "mix": "tiny",
+    "pack_tokens": 64,
+    "batch_packs": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "checkpoint_every_steps": EVERY,
+}
+RUN = """
+import pickle, sys
+from solo import artifact, train
+artifact.make(pickle.load(open(sys.argv[1], "rb")), train.run)
+"""
+
+
+def picture(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (64, 40), tuple(random.Random(seed).randbytes(3))).save(out, "PNG")
+    return out.getvalue()
+
+
+def samples() -> list[Sample]:
+    """Eight captions with an image, eight texts, one prompt that nobody answers (it has no target)."""
+    made = []
+    for i in range(8):
+        talk = {"role": "assistant", "content": [IMAGE, text(f"a picture of thing {i}")]}
+        made.append(Sample(make_key("caption", str(i)), "caption", (picture(i),), (talk,), {}))
+        talk = {"role": "assistant", "content": [text(f"the cat {i} sat on the mat and the dog sat on the cat")]}
+        made.append(Sample(make_key("prose", str(i)), "prose", (), (talk,), {}))
+    mute = {"role": "user", "content": [text("is anybody there")]}
+    made.append(Sample(make_key("prose", "mute"), "prose", (), (mute,), {}))
+    return made
+
+
+def make_plan(root: Path, n_steps: int) -> dict[str, Artifact]:
+    """Shards of two sources and a plan that repeats four memorisable packs; pack 1 is one without a target."""
+    tokenizer = Tokenizer(TOKENS)
+    rows, tars = {}, {}
+    for sample in samples():
+        tar = tars.setdefault(sample.source, io.BytesIO())
+        offset = tar.tell()
+        length = write_sample(tar, sample)
+        grids = [grid(*image_size(d), patch_px=TOKENS.patch_px, max_side_px=TOKENS.max_side_px) for d in sample.images]
+        d = tokenize(sample, grids, tokenizer, "plain")
+        counts = {"n_tokens": len(d.ids), "n_patches": d.n_patches, "n_loss_tokens": d.n_loss_tokens}
+        place = {"shard": 0, "offset": offset, "length": length, "template": "plain", "begin": 0, "end": len(d.ids)}
+        rows.setdefault(sample.source, []).append({"key": sample.key, "source": sample.source} | place | counts)
+    inputs = {}
+    for source, tar in tars.items():
+        folder = root / "shard" / source
+        (folder / "shards").mkdir(parents=True)
+        end_tar(tar)
+        (folder / "shards" / "00000.tar").write_bytes(tar.getvalue())
+        inputs[f"shard/{source}"] = made(folder, f"shard/{source}")
+    mute = rows["prose"].pop()
+    kinds = [rows["caption"][:3], rows["prose"][:2], rows["prose"][2:4], rows["caption"][3:6] + rows["prose"][4:5]]
+    plan, packs = [], []
+    for pack in range(n_steps * STAGE["batch_packs"]):
+        documents = [mute] if pack == 1 else kinds[pack % 4]
+        sums = {c: sum(d[c] for d in documents) for c in ("n_tokens", "n_patches", "n_loss_tokens")}
+        assert sums["n_tokens"] <= STAGE["pack_tokens"]
+        packs.append({"pack": pack, "first_row": len(plan), "n_rows": len(documents), "source": "mix"} | sums)
+        plan += [{"pack": pack, "slot": slot, "exposure": pack} | d for slot, d in enumerate(documents)]
+    folder = root / "pack" / "tiny"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(plan, PLAN), folder / "plan.parquet")
+    pq.write_table(pa.Table.from_pylist(packs, PACKS), folder / "packs.parquet")
+    return inputs | {"pack/tiny": made(folder, "pack/tiny")}
+
+
+def made(folder: Path, node: str) -> Artifact:
+    part, name = node.split("/")
+    return Artifact(folder, Manifest(part, name, "0" * 8, 1, {}, {}, "1" * 64, [], {}, {}, {}))
+
+
+def make_job(root: Path, inputs: dict[str, Artifact], **fields: object) -> Job:
+    spec = {"stage": STAGE | fields, "model": MODEL, "tokens": TOKENS.model_dump(mode="json"), "seed": 3}
+    return Job("train", "tiny", train.VERSION, spec, inputs, root, root / "specs", 2)
+
+
+def outcome(job: Job) -> tuple[str, str, str]:
+    names = ("checkpoint/model.safetensors", "checkpoint/config.json", "trained.parquet")
+    return tuple(file_sha256(job.out / name) for name in names)
+
+
+def metrics(job: Job) -> list[dict]:
+    path = job.out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def children_of(job: Job) -> list[psutil.Process]:
+    """Launchers and ranks of this job, whoever is their parent now."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        ours = str(job.work) in " ".join(process.info["cmdline"] or [])
+        if ours and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def start(job: Job, folder: Path) -> subprocess.Popen:
+    pickled = folder / "job.pickle"
+    pickled.write_bytes(pickle.dumps(job))
+    log = (folder / "run.log").open("ab")
+    return subprocess.Popen([sys.executable, "-c", RUN, str(pickled)], stderr=log, start_new_session=True)
+
+
+def wait_for_step(job: Job, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not [m for m in metrics(job) if m["step"] >= step]:
+        assert process.poll() is None and time.monotonic() < deadline, (job.out / "train.log").read_text()[-2000:]
+        time.sleep(0.02)
+
+
+def wait_until_gone(job: Job) -> None:
+    deadline = time.monotonic() + 10
+    while children_of(job):
+        assert time.monotonic() < deadline, children_of(job)
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    return make_plan(tmp_path_factory.mktemp("plan"), N_STEPS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Artifact, list]:
+    told = []
+    job = make_job(tmp_path_factory.mktemp("calm"), inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOLO_RANKS", "2")
+        done, _ = artifact.make(job, lambda j: train.run(j, told.append))
+    return job, done, told
+
+
+def test_learning_rate_truth_table() -> None:
+    from solo.trainer import learning_rate
+
+    stage = Stage.model_validate(STAGE | {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 4})
+    cosine = [learning_rate(s, stage, 12) for s in range(1, 13)]
+    assert cosine[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert cosine[7] == pytest.approx(0.55)  # half-way
+    assert cosine[5] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert cosine[11] == pytest.approx(0.1)
+    linear = [learning_rate(s, stage.model_copy(update={"schedule": "linear"}), 12) for s in range(1, 13)]
+    assert linear[3:] == pytest.approx([1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1])
+    assert learning_rate(3, stage, 3) == pytest.approx(0.75)  # a stage shorter than its warm-up
+    assert learning_rate(1, stage.model_copy(update={"warmup_steps": 0}), 1) == pytest.approx(0.1)
+
+
+def test_a_stage_trains_every_token_of_its_plan(undisturbed: tuple[Job, Artifact, list]) -> None:
+    job, done, told = undisturbed
+    plan = pq.read_table(job.one("pack").path / "packs.parquet").to_pylist()
+    stats = done.manifest.stats
+    assert done.manifest.counts == {"in": 4 * N_STEPS, "kept": 4 * N_STEPS, "dropped": {}}
+    for count in ("n_tokens", "n_loss_tokens"):
+        total = sum(p[count] for p in plan)
+        assert stats[count] == total == sum(s[count] for s in stats["sources"].values())
+        assert total == sum(m[{"n_tokens": "tokens"}.get(count, "loss_tokens")] for m in told)
+    assert (stats["n_steps"], stats["ranks"]) == (N_STEPS, 2)
+    assert told[1]["loss"] > 9
+    assert 0 < stats["loss_last"] == told[-1]["loss"] < 4
+    assert [m["step"] for m in told] == list(range(1, N_STEPS + 1)) == [m["step"] for m in metrics(job)]
+    assert {"lr", "grad_norm", "tokens_per_s", "input_stall_s", "step_s", "eta_s"} <= told[0].keys()
+    assert set(told[0]["sources"]) == {"caption", "prose"}
+    rows = pq.read_table(done.path / "trained.parquet").to_pylist()
+    assert [(r["pack"], r["step"]) for r in rows] == [(i, i // 4 + 1) for i in range(4 * N_STEPS)]
+    assert rows[1]["loss"] is None and rows[1]["n_loss_tokens"] == 0 < rows[1]["n_tokens"]  # the pack without target
+    assert told[0]["loss"] == pytest.approx(sum(r["loss"] or 0 for r in rows[:4]) / 4)
+    assert not children_of(job)
+
+
+def test_no_path_of_this_machine_is_in_the_checkpoint(undisturbed: tuple[Job, Artifact, list]) -> None:
+    folder = undisturbed[1].path / "checkpoint"
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "model.safetensors", "solo.json"}
+    for path in folder.iterdir():
+        assert str(undisturbed[0].root).encode() not in path.read_bytes()
+        assert str(train.REPOSITORY).encode() not in path.read_bytes()
+
+
+def compare_with_plain_loop(job: Job, n_compared: int) -> None:
+    """The stage's first steps in twenty lines of torch: same losses, same gradient norms."""
+    import torch
+
+    torch.set_num_threads(1)
+    from solo.loader import PackLoader
+    from solo.model import SoloForCausalLM
+    from solo.trainer import _optimizer, learning_rate
+
+    stage = Stage.model_validate(job.spec["stage"])
+    shards = {name: a.path for name, a in job.of("shard").items()}
+    packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens)
+    model = SoloForCausalLM.from_spec(ModelSpec.model_validate(MODEL), TOKENS, 3).train()
+    optimizer = _optimizer(model, stage)
+    rows = metrics(job)
+    for step, row in enumerate(rows[:n_compared], 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, stage, len(rows))
+        losses = [model(packs.load(i)) for i in range(4 * step - 4, 4 * step)]
+        means = [x.mean() for x in losses if len(x)]
+        loss = sum(means) / 4 if stage.loss_average == "pack" else torch.cat(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip_norm)
+        optimizer.step()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-3)
+        assert row["grad_norm"] == pytest.approx(float(norm), rel=2e-2)
+
+
+def test_two_ranks_on_deepspeed_equal_a_plain_loop(undisturbed: tuple[Job, Artifact, list]) -> None:
+    compare_with_plain_loop(undisturbed[0], 12)
+
+
+def test_the_saved_weights_are_the_trained_ones(undisturbed: tuple[Job, Artifact, list]) -> None:
+    import torch
+
+    from solo.loader import PackLoader
+    from solo.model import SoloForCausalLM
+
+    job, done, told = undisturbed
+    model = SoloForCausalLM.from_pretrained(done.path / "checkpoint")
+    shards = {name: a.path for name, a in job.of("shard").items()}
+    packs = PackLoader(job.one("pack").path, shards, TOKENS, STAGE["pack_tokens"])
+    with torch.no_grad():
+        loss = sum(float(model(packs.load(i)).mean()) for i in range(4, 8)) / 4
+    assert told[-1]["loss"] * 0.9 < loss < told[-1]["loss"]
+
+
+def test_loss_averaged_over_tokens_equals_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: a launch costs five seconds."""
+    for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    from solo import trainer
+
+    job = make_job(tmp_path, make_plan(tmp_path / "plan", 3), loss_average="token")
+    job.work.mkdir(parents=True)
+    rows = []
+    monkeypatch.setattr(trainer, "emit", rows.append)
+    trainer._connect("cpu")
+    task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=1)
+    assert trainer.Trainer(task).run()
+    trainer.dist.destroy_process_group()
+    (job.out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(rows) == 3
+    compare_with_plain_loop(job, 3)
+
+
+def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
+    undisturbed: tuple[Job, Artifact, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path / "root", undisturbed[0].inputs)
+    monkeypatch.setenv("SOLO_RANKS", "2")
+
+    process = start(job, tmp_path)
+    wait_for_step(job, process, EVERY + 1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait(15)
+    assert process.returncode != 0 and time.monotonic() - began < 15
+    assert "Interrupted: train/tiny: stopped on request, checkpoint step-" in (tmp_path / "run.log").read_text()
+    assert not children_of(job)
+    folders = sorted((job.work / "checkpoints").iterdir())
+    assert [checkpoint.damage(folder) for folder in folders] == [None, None]
+    kept, stopped_at = (int(folder.name.removeprefix("step-")) for folder in folders)
+    assert kept % EVERY == 0 and kept < stopped_at == metrics(job)[-1]["step"] < N_STEPS - 20
+
+    monkeypatch.setenv("SOLO_RANKS", "1")
+    with pytest.raises(ValueError, match=r"holds the optimizer state of 2 ranks, this run has 1; set SOLO_RANKS=2"):
+        train.run(job)
+    monkeypatch.setenv("SOLO_RANKS", "2")
+
+    victim = next(folders[1].rglob("*optim_states.pt"))
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    victim.write_bytes(raw)
+    process = start(job, tmp_path)
+    wait_for_step(job, process, random.randrange(stopped_at + 1, N_STEPS - 16))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until_gone(job)  # launcher and ranks follow, though nobody could tell them
+    assert not (job.out / "checkpoint").exists() and list((job.work / "checkpoints").glob("*.damaged"))
+    fault = f"{folders[1]}: {victim.relative_to(folders[1])} does not match its sha256; not used"
+    assert fault in (tmp_path / "run.log").read_text()
+
+    said = []
+    done, _ = artifact.make(replace(job, progress=said.append), train.run)
+    resumed_at = int(said[0].removeprefix("goes on after step ").partition("/")[0])
+    assert resumed_at % EVERY == 0 and resumed_at >= kept
+    assert outcome(job) == outcome(undisturbed[0])
+    assert done.manifest.digest == undisturbed[1].manifest.digest
+    calm = [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(undisturbed[0])]
+    assert [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(job)] == calm
+    assert not children_of(job)
+
+
+def test_a_failing_rank_names_its_error_and_the_log(
+    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLO_RANKS", "1")
+    broken = tmp_path / "broken"
+    (broken / "shards").mkdir(parents=True)
+    (broken / "shards" / "00000.tar").write_bytes(b"no tar")
+    job = make_job(tmp_path / "root", inputs | {"shard/prose": made(broken, "shard/prose")})
+    with pytest.raises(RuntimeError, match=r"rank 0: ValueError: prose-\w+: no sample at 00000.tar.*train\.log"):
+        artifact.make(job, train.run)
+    assert not children_of(job)
+
+
+def test_tokens_that_were_not_trained_break_the_ledger(undisturbed: tuple[Job, Artifact, list], tmp_path: Path) -> None:
+    job = make_job(tmp_path / "root", undisturbed[0].inputs)
+    job.work.mkdir(parents=True)
+    (job.out / "checkpoint").mkdir()
+    rows = pq.read_table(undisturbed[1].path / "trained.parquet")
+    pq.write_table(rows.slice(1), job.out / "trained.parquet")
+    with pytest.raises(LedgerError, match=rf"trained {4 * N_STEPS - 1} packs.* != planned {4 * N_STEPS} packs"):
+        train.run(job)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_batch_size": 8}, r"'train_batch_size' does not belong here, the stage's batch_packs says that"),
+        ({"gradient_clipping": 1.0}, r"'gradient_clipping'.*clip_norm"),
+        ({"optimizer": {"type": "Lion"}}, r"'optimizer'.*learning_rate, betas, eps and weight_decay"),
+        ({"prescale_gradients": True}, r"'prescale_gradients' does not belong here, it may change the weights"),
+        ({}, r"zero_optimization.stage is 0; use 1 or 2"),
+    ],
+)
+def test_a_deepspeed_file_cannot_change_the_result(given: dict, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(given))
+    with pytest.raises(ValueError, match=message):
+        train.deepspeed_config(path, Stage.model_validate(STAGE), 2)
+
+
+def test_our_deepspeed_files_leave_the_result_to_the_stage() -> None:
+    for name in train.DEEPSPEED.values():
+        config = train.deepspeed_config(train.REPOSITORY / name, Stage.model_validate(STAGE), 2)
+        assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (4, 2)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(
+    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLO_RANKS", "3")
+    with pytest.raises(ValueError, match=r"batch_packs = 4 = 1 x 3 ranks \+ 1; .* SOLO_RANKS to one of \[1, 2, 4\]"):
+        train.run(make_job(tmp_path, inputs))
+    monkeypatch.setenv("SOLO_RANKS", "two")
+    with pytest.raises(ValueError, match=r"SOLO_RANKS: 'two' is not a number"):
+        train.run(make_job(tmp_path, inputs))
+
+
+def test_the_supervisor_does_not_load_torch() -> None:
+    code = "import solo.train, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
