@@ -1,0 +1,188 @@
+"""acquire: one source, as published, to raw tars of samples and one outcome row for each input.
+
+In: a source's location, pinned revision and adapter. Out: `raw/NNNNN.tar` (sample tars of samples_per_shard),
+`outcomes.parquet` (one row per record or URL, kept or not, sorted by key) and, for URL lists, `fetch.parquet` (times,
+volatile). Invariants: every input has one status of STATUSES; a key is kept once, later ones are `duplicate_row`; the
+same upstream bytes give the same bytes. Cost: one pass; memory holds one sample, 10,000 outcome rows and the keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import fsspec
+
+from solo.artifact import Job, Result, file_sha256
+from solo.plugin import resolve
+from solo.raw import OUTCOMES, SCHEMA, RawTars, Spool, write_sorted
+from solo.sample import Rejected, Sample, make_key
+from solo.spec import Acquire, SpecError
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+STATUSES = (
+    *("ok", "duplicate_row", "bad_record", "missing_image", "no_label", "excluded_set", "empty"),
+    *("http_3xx", "http_404", "http_4xx", "http_5xx", "timeout", "dns", "connection"),
+    *("refused_address", "refused_scheme", "disallowed", "too_large", "not_image", "undecodable", "lost"),
+)
+FETCH = "fetch.parquet"
+TOTALS = """
+SELECT status, count(*), coalesce(sum(n_images), 0) FROM read_parquet($outcomes) GROUP BY status ORDER BY status
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """One row of a URL list: a sample, or the status and error of why there is none."""
+
+    identity: str
+    url: str | None
+    key: str
+    status: str
+    error: str | None = None
+    http_status: int | None = None
+    sample: Sample | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+def run(job: Job) -> Result:
+    """Acquire one source; what an interrupted attempt finished is kept."""
+    if not (job.out / OUTCOMES).is_file():
+        _acquire(job)
+    return _result(job)
+
+
+def _acquire(job: Job) -> None:
+    spec = Acquire.model_validate(job.spec["acquire"])
+    source = job.spec["source"]
+    location = _locate(job, source, spec.location)
+    check_revision(source, location, job.spec["revision"])
+    items = _items(job, source, location, spec)
+    begun = job.work / "begun"
+    if not begun.exists():  # tars without their scratch may stem from other downloads
+        shutil.rmtree(job.out / "raw", ignore_errors=True)
+        job.work.mkdir(parents=True, exist_ok=True)
+        begun.touch()
+    spool, tars = Spool(job.work / "spool.parquet"), RawTars(job, spec.samples_per_shard)
+    seen: set[str] = set()
+    for item in items:
+        row = _row(item, source)
+        sample = item if isinstance(item, Sample) else getattr(item, "sample", None)
+        if sample is not None and sample.key in seen:
+            row |= {"status": "duplicate_row", "error": "its key is that of an earlier record"}
+        elif sample is not None:
+            seen.add(sample.key)
+            row |= _content(sample) | tars.add(sample)
+        spool.add(row)
+    tars.close()
+    spool.close()
+    write_sorted(job, job.work / "spool.parquet")
+
+
+def _items(job: Job, source: str, location: Path, spec: Acquire) -> Iterator[Sample | Rejected | Fetched]:
+    """The adapter's generator; arguments that do not bind are the spec's fault."""
+    read: Callable[..., Any] = resolve("adapters", spec.adapter)
+    args: dict[str, Any] = {"source": source, **spec.args}
+    signature = inspect.signature(read)
+    if "job" in signature.parameters:
+        args["job"] = job
+    try:
+        signature.bind(location, **args)
+    except TypeError as error:
+        takes = [name for name in signature.parameters if name not in ("location", "source", "job")]
+        raise SpecError(f"{source}: acquire.args: {error}; {spec.adapter} takes {takes}") from None
+    return iter(read(location, **args))
+
+
+def _row(item: Sample | Rejected | Fetched, source: str) -> dict[str, Any]:
+    """The outcome row of an item, before it is stored."""
+    row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+    if isinstance(item, Sample):
+        identity = str(item.meta.get("id", item.key))
+        row |= {"identity": identity, "url": item.meta.get("url"), "key": item.key, "status": "ok"}
+    elif isinstance(item, Rejected):
+        key = make_key(source, item.identity)
+        row |= {"identity": item.identity, "key": key, "status": item.status, "error": item.error}
+    else:
+        row |= {name: getattr(item, name) for name in Fetched.__slots__ if name != "sample"}
+    assert row["status"] in STATUSES, f"{source}: {row['identity']}: {row['status']!r} is no status of {STATUSES}"
+    return row
+
+
+def _content(sample: Sample) -> dict[str, Any]:
+    turns = (item for message in sample.messages for item in message["content"])
+    texts = [item["text"].encode() for item in turns if item["type"] == "text"]
+    digest, n_bytes = hashlib.sha256(), 0
+    for part in sample.images or texts:
+        digest.update(part)
+        n_bytes += len(part)
+    return {"sha256": digest.hexdigest(), "bytes": n_bytes, "n_images": len(sample.images)}
+
+
+def _result(job: Job) -> Result:
+    with duckdb.connect() as db:
+        totals = db.execute(TOTALS, {"outcomes": str(job.out / OUTCOMES)}).fetchall()
+    by_status = {status: n for status, n, _ in totals}
+    tars = sorted((job.out / "raw").glob("*.tar"))
+    stats = {
+        "bytes": sum(path.stat().st_size for path in tars),
+        "n_images": int(sum(n_images for _, _, n_images in totals)),
+        "n_shards": len(tars),
+        "by_status": by_status,
+    }
+    dropped = {status: n for status, n in by_status.items() if status != "ok"}
+    return Result(sum(by_status.values()), by_status.get("ok", 0), dropped, stats, volatile=(FETCH,))
+
+
+def _locate(job: Job, source: str, location: str) -> Path:
+    """The location on this machine; an fsspec URL is copied into the scratch first, whole."""
+    if re.match(r"[a-z0-9+.-]+://", location):
+        target, aside = job.work / "upstream", job.work / "upstream.tmp"
+        if not target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            job.progress(f"{source}: copying {location}")
+            files, path = fsspec.core.url_to_fs(location)
+            name = path.rstrip("/").rpartition("/")[2]
+            files.get(path, str(aside / name), recursive=True)
+            aside.rename(target)
+        return next(target.iterdir())
+    path = job.specs / location
+    if not path.exists():
+        raise ValueError(
+            f"{source}: location {path} does not exist; fetch the source there or correct acquire.location"
+        )
+    return path
+
+
+def check_revision(source: str, location: Path, revision: str) -> None:
+    """Refuse data that is not the pinned data; a commit hash cannot be checked from bytes and is only logged."""
+    if not revision.startswith("sha256:"):
+        log.info("%s: revision %s is a commit; its bytes are taken as they are", source, revision)
+        return
+    found = f"sha256:{content_sha256(location)}"
+    if found != revision:
+        raise ValueError(
+            f"{source}: {location} has {found} but revision is {revision}; "
+            "fetch the pinned data again, or set revision to what it has now"
+        )
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's sorted lines `relative path NUL sha256 LF`."""
+    if path.is_file():
+        return file_sha256(path)
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    lines = (f"{name}\0{file_sha256(path / name)}\n".encode() for name in names)
+    return hashlib.sha256(b"".join(lines)).hexdigest()

@@ -1,0 +1,53 @@
+"""The authors' instruction release (VLM-SFT): lines of {"conversations": [text or {"value": text}, ...], "image"?}.
+
+Sample: user and assistant in turn; the image comes first in the first user turn and `<image>` marks are removed, as
+the authors' SFT code does. Key: the record's content, since upstream gives no id. An empty answer is a bad record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from solo.sample import Rejected, Sample, make_key
+from solo.upstream import Pictures, Record, canonical, dialogue, existing, json_lines
+
+MARKS = ("<image>\n", "\n<image>", "<image>")
+
+
+def read(
+    location: Path,
+    *,
+    source: str,
+    records: str = "all_data.jsonl",
+    images: str | Sequence[str] = "images.tar",
+) -> Iterator[Sample | Rejected]:
+    """Records in order; `images` names uncompressed tars, zips or folders (`*` allowed)."""
+    pictures = Pictures(location, images)
+    for place, record in json_lines(existing(location, records)):
+        yield record if isinstance(record, Rejected) else _sample(place, record, source, pictures)
+
+
+def _sample(place: str, record: Record, source: str, pictures: Pictures) -> Sample | Rejected:
+    identity = record["id"] if isinstance(record.get("id"), str) else place
+    turns = record.get("conversations")
+    if isinstance(turns, list):
+        turns = [turn.get("value") if isinstance(turn, dict) else turn for turn in turns]
+    if not turns:
+        return Rejected(identity, "empty" if turns == [] else "bad_record", "no conversations")
+    name = record.get("image")
+    if isinstance(turns, list) and isinstance(turns[0], str):
+        if name is None and "<image>" in turns[0]:
+            return Rejected(identity, "missing_image", "the question shows an image but the record names none")
+        for mark in MARKS:
+            turns[0] = turns[0].replace(mark, "")
+        turns[0] = turns[0].strip()
+    try:
+        messages = dialogue(turns, has_image=name is not None)
+    except ValueError as error:
+        return Rejected(identity, "bad_record", str(error))
+    data = pictures.read(name, identity) if name is not None else b""
+    if isinstance(data, Rejected):
+        return data
+    meta = {"id": identity, **({"image": name} if name is not None else {})}
+    return Sample(make_key(source, canonical(record)), source, (data,) if data else (), messages, meta)
