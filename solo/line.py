@@ -140,7 +140,9 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
         before = [f"train/{stage.name}"]
     for b in benchmarks:
         add("evaluate", b.name, {"benchmark": _untitled(b), "tokens": tokens}, before)
-    add("report", recipe.name, {"recipe": recipe.name, "title": recipe.title}, [n.id for n in line])
+    licences = {spec.name: spec.licence.id for spec in (*sources, *benchmarks)}
+    summary = {"recipe": recipe.name, "title": recipe.title, "licences": licences}
+    add("report", recipe.name, summary, [n.id for n in line])
     return line
 
 

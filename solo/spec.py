@@ -127,7 +127,7 @@ class MixSpec(Spec):
 
 
 class ImageClose(Spec):
-    """Token that closes an image, per template (SOLO_FACTS: pre-training `</vision>`, SFT and demo `<vision>`)."""
+    """Token that closes an image, per template (upstream: pre-training `</vision>`, SFT and demo `<vision>`)."""
 
     plain: Literal["</vision>", "<vision>"]
     inst: Literal["</vision>", "<vision>"]

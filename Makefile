@@ -1,0 +1,39 @@
+# Two environments: .venv runs everything; .img2dataset holds img2dataset alone, whose pins differ from ours.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE ?= sample
+
+.PHONY: setup recipe test check down clean
+
+setup: $(VENV)/.installed .img2dataset/.installed
+
+$(VENV)/.installed: pyproject.toml infra/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "error: Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; use make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c infra/constraints.txt -e '.[dev]'
+	@touch $@
+
+.img2dataset/.installed: infra/img2dataset.txt
+	$(PYTHON) -m venv .img2dataset
+	.img2dataset/bin/pip install --quiet -r infra/img2dataset.txt
+	@touch $@
+
+recipe: setup
+	@$(BIN)/solo up
+	@$(BIN)/prefect deployment run solo/full-recipe --watch --param recipe=$(RECIPE)
+	@$(BIN)/solo report $(RECIPE)
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+down:
+	@$(BIN)/solo down
+
+clean: down
+	rm -rf .solo

@@ -1,0 +1,1 @@
+"""Wiring: Prefect flows and tasks around the parts in `solo`."""

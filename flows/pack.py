@@ -1,0 +1,5 @@
+"""pack: one task per mix."""
+
+from flows.part import part_task
+
+pack = part_task("pack")

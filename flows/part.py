@@ -1,0 +1,75 @@
+"""One node of the line as a cached Prefect task, and its statistics as Prefect artifacts.
+
+The cache key is the path of a record inside the artifact's own folder, so deleting the folder deletes the cache
+entry; `solo.artifact.damage` decides whether the record may be believed. A user's mistake (ValueError) fails the run
+with one line; anything else raises with its traceback, because it is ours to mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from prefect import Task, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from prefect.states import Failed, State
+
+from solo import line, pages
+from solo.artifact import RECORD, Artifact
+from solo.line import Node, Ref, Settings
+
+Made = dict[str, Any]  # {"ref": Ref as a dict, "ran": bool}: JSON, because a worker reads it back
+
+
+def record_key(_context: TaskRunContext, args: dict[str, Any]) -> str:
+    """Path of the cache record below the data root."""
+    node, refs = Node(**args["node"]), refs_of(args["inputs"])
+    return f"{node.id}/{line.fingerprint(node, refs)}/{RECORD}"
+
+
+def refs_of(inputs: dict[str, Made]) -> dict[str, Ref]:
+    """Node id -> Ref, from what upstream tasks returned."""
+    return {node_id: Ref(**made["ref"]) for node_id, made in inputs.items()}
+
+
+def build(node: dict[str, Any], inputs: dict[str, Made], force: bool, **hooks: Callable[..., None]) -> Made | State:
+    """Body of every part's task: make the artifact, or say in one line what the user can mend."""
+    try:
+        ref, ran = line.make_node(Node(**node), refs_of(inputs), Settings.from_env(), force=force, **hooks)
+    except ValueError as error:
+        return Failed(message=str(error))
+    return {"ref": asdict(ref), "ran": ran}
+
+
+def part_task(part: str, **options: Any) -> Task[..., Any]:  # noqa: ANN401 - Prefect's own options
+    """The cached task of one part; called directly, so that SIGTERM reaches the work."""
+
+    def run(node: dict[str, Any], inputs: dict[str, Made], force: bool) -> Made | State:
+        return build(node, inputs, force)
+
+    return task(
+        run,
+        name=part,
+        task_run_name=part + "/{node[name]}",
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=record_key),
+        persist_result=True,
+        result_serializer="json",
+        **options,
+    )
+
+
+def publish(recipe: str, part: str, artifacts: Sequence[Artifact], inputs: dict[str, Artifact]) -> None:
+    """Table and page of one part, from manifests and files: cached parts show their statistics too."""
+    create_table_artifact(
+        key=f"{recipe}-{part}-table",
+        table=pages.table(part, list(artifacts)),
+        description=f"{part} of {recipe}",
+    )
+    create_markdown_artifact(
+        key=f"{recipe}-{part}",
+        markdown=pages.page(part, list(artifacts), inputs=inputs),
+        description=f"{part} of {recipe}",
+    )

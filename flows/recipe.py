@@ -1,0 +1,121 @@
+"""The flow `solo`: a whole recipe, or all of it up to one part, as one tracked run.
+
+`solo/full-recipe` and the deployments of single parts are this flow with other defaults. Wiring only: which nodes,
+what is reused, where the statistics are shown. The work is in `solo/`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from typing import Any, cast
+
+from prefect import flow, get_run_logger, runtime
+from prefect.artifacts import create_markdown_artifact
+from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_UI_URL
+from prefect.states import Completed, Failed, State
+
+from flows import acquire, curate, evaluate, filter, pack, report, shard, train
+from flows.part import Made, publish, refs_of
+from solo import line, pages, runs
+from solo.artifact import Artifact
+from solo.line import Node, Part, Settings
+
+TASKS = {
+    "acquire": acquire.acquire,
+    "filter": filter.filter,
+    "shard": shard.shard,
+    "curate": curate.curate,
+    "pack": pack.pack,
+    "report": report.report,
+}
+FLOWS = {"train": train.train, "evaluate": evaluate.evaluate}
+
+
+@flow(name="solo", flow_run_name="{recipe}-to-{until}", log_prints=False)
+def solo(
+    recipe: str = "sample",
+    until: Part = "report",
+    only: list[Part] | None = None,
+    force: list[Part] | None = None,
+    plan: bool = False,
+) -> State:
+    """Make a recipe's artifacts up to `until`; whatever is intact shows as Cached.
+
+    Args:
+        recipe: Name of a file in datasets_spec/recipes/.
+        until: Last part to make; the parts before it are checked and made where stale.
+        only: Make just these parts, and fail if a part they read is stale.
+        force: Parts to make again from nothing; what reads them runs only if their content changes.
+        plan: Say what would run and why, and stop.
+    """
+    settings = Settings.from_env()
+    try:
+        nodes = line.nodes(recipe, settings.specs)
+        nodes = line.select(nodes, max(only, key=line.PARTS.index) if only else until)
+        planned = line.plan(nodes, settings, force or ())
+        line.check_only(planned, only)
+    except ValueError as error:
+        return Failed(message=str(error))
+    create_markdown_artifact(key=f"{recipe}-plan", markdown=runs.plan_page(recipe, planned))
+    if plan:
+        return Completed(message=runs.plan_sentence(planned))
+    return _run(recipe, nodes, settings, force or [])
+
+
+def _run(recipe: str, nodes: list[Node], settings: Settings, force: list[Part]) -> State:
+    """Make the nodes in order, show each part's statistics once its last node is there, and keep the run's record."""
+    log, made, states = get_run_logger(), cast(dict[str, Made], {}), cast(dict[str, str], {})
+    artifacts: dict[str, Artifact] = {}
+    for i, node in enumerate(nodes):
+        inputs = {node_id: made[node_id] for node_id in node.inputs}
+        state = _one(node, inputs, settings, node.part in force)
+        if not state.is_completed():
+            return Failed(message=f"{node.id}: {state.message}")
+        made[node.id] = cast(Made, state.result())
+        states[node.id] = "reused" if state.name == "Cached" or not made[node.id]["ran"] else "ran"
+        artifacts[node.id] = refs_of(made)[node.id].open(settings.root)
+        log.info("%s %s", node.id, states[node.id])
+        if i + 1 == len(nodes) or nodes[i + 1].part != node.part:
+            publish(recipe, node.part, [artifacts[n.id] for n in nodes if n.part == node.part], artifacts)
+    create_markdown_artifact(key=recipe, markdown=pages.overview(list(artifacts.values())))
+    base = f"{PREFECT_UI_URL.value()}/v2"
+    links = {"run": f"{base}/runs/flow-run/{runtime.flow_run.id}"}
+    links |= {key: f"{base}/artifacts/key/{key}" for key in (recipe, *(f"{recipe}-{p}" for p in _parts(nodes)))}
+    runs.write(settings.root, recipe, states, artifacts, links)
+    return Completed(message=runs.sentence(states))
+
+
+def _one(node: Node, inputs: dict[str, Made], settings: Settings, force: bool) -> State:
+    """Run one node as its part asks: a cached task here, or a flow here or on the pool named for it."""
+    parameters: dict[str, Any] = {"node": asdict(node), "inputs": inputs, "force": force}
+    if node.part in TASKS:
+        stale = force or not line.intact(node, refs_of(inputs), settings)
+        task = TASKS[node.part].with_options(refresh_cache=stale, result_storage=settings.root)
+        return task(**parameters, return_state=True)
+    elsewhere = os.environ.get(f"SOLO_{node.part.upper()}_DEPLOYMENT")
+    if elsewhere is None:
+        return FLOWS[node.part](**parameters, return_state=True)
+    state = cast(Any, run_deployment(elsewhere, parameters=parameters)).state
+    if not state.is_completed():
+        return state
+    if not line.intact(node, refs_of(inputs), settings):
+        return Failed(
+            message=f"{elsewhere} completed but its artifact is not under {settings.root}; share the data root"
+        )
+    ref, _ = line.make_node(node, refs_of(inputs), settings)
+    return Completed(name=state.name, data={"ref": asdict(ref), "ran": state.name != "Cached"})
+
+
+def _parts(nodes: list[Node]) -> list[str]:
+    return list(dict.fromkeys(n.part for n in nodes))
+
+
+if __name__ == "__main__":
+    arguments = dict(pair.split("=", 1) for pair in sys.argv[1:])
+    lists = {k: v.split(",") for k, v in arguments.items() if k in ("only", "force")}
+    ended = solo(**cast(Any, arguments | lists), return_state=True)
+    if not ended.is_completed():
+        sys.exit(f"error: {ended.message}")

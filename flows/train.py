@@ -1,0 +1,55 @@
+"""train: a flow of its own, one run per stage, so that hours of training have a page, a state and a cancel button.
+
+Inside `solo` it is a tracked sub-flow-run; with $SOLO_TRAIN_DEPLOYMENT (say `train/gpu`) it is started as that
+deployment on a GPU work pool, the data root being shared storage.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.states import Completed, State
+
+from flows.part import Made, build
+from solo import progress
+
+PROGRESS_S = 2.0
+PAGE_S = 15.0
+
+
+class Live:
+    """Metrics of a running stage as one progress bar and one page of charts, both updated in place."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.rows: list[dict[str, Any]] = []
+        self.bar: Any = None
+        self.bar_at = self.page_at = 0.0
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        """Take one optimizer step's metrics."""
+        self.rows.append(metrics)
+        now, last = time.monotonic(), metrics["step"] >= metrics["n_steps"]
+        if now - self.bar_at >= PROGRESS_S or last:
+            self.bar_at = now
+            percent = 100.0 * metrics["step"] / metrics["n_steps"]
+            line = progress.metrics_line(metrics)
+            if self.bar is None:
+                self.bar = create_progress_artifact(key=f"{self.stage}-progress", progress=percent, description=line)
+            else:
+                update_progress_artifact(self.bar, progress=percent, description=line)
+        if now - self.page_at >= PAGE_S or last:
+            self.page_at = now
+            create_markdown_artifact(key=f"{self.stage}-loss", markdown=progress.loss_page(self.stage, self.rows))
+
+
+@flow(name="train", flow_run_name="train-{node[name]}", log_prints=False)
+def train(node: dict[str, Any], inputs: dict[str, Made], force: bool = False) -> Made | State:
+    """Train one stage, or find it trained."""
+    made = build(node, inputs, force, on_metric=Live(node["name"]))
+    if isinstance(made, State) or made["ran"]:
+        return made
+    return Completed(name="Cached", data=made)

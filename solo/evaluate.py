@@ -1,0 +1,283 @@
+"""evaluate: one benchmark, answered with and without its pictures.
+
+In: the last stage's checkpoint and a pinned question set. Out: `answers.parquet` (one row per question, in the set's
+order) and `gallery.parquet` (a few of them with a thumbnail). Invariants: every question is answered or counted as
+dropped, and counts as wrong then; the reference answer is cut off before the prompt is tokenised; scores carry the
+protocol they were made under, and `compare` refuses two different ones. Cost: two passes of `max_new_tokens` forwards
+over all prompts; chunks that are done survive a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from solo.artifact import Artifact, Job, Result, canonical, write_atomic
+from solo.gallery import thumbnail
+from solo.patches import ImageError
+from solo.plugin import resolve
+from solo.sample import Rejected, Sample
+from solo.spec import BenchmarkSpec, Tokens
+
+if TYPE_CHECKING:
+    from solo.loader import Piece
+    from solo.model import SoloForCausalLM
+    from solo.tokens import Tokenizer
+
+VERSION = 1
+
+CHUNK_QUESTIONS = 128  # answered and written together; about a second on two cores with the sample's model
+BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}  # a CPU's attention costs the square of it, a GPU waits for small ones
+BLANK = 128  # mid grey; resizing a constant picture gives the constant, so the blank is made of patches
+N_GALLERY = 12
+DECODING = "greedy, no ids of SOLO's own, stop at EOS"
+
+ANSWERS = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("category", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("response", pa.string()),
+        ("blind_response", pa.string()),
+        ("correct", pa.bool_()),
+        ("blind_correct", pa.bool_()),
+        ("checkpoint_digest", pa.string()),
+        ("protocol", pa.string()),
+    ]
+)
+GALLERY = pa.schema(
+    [(name, ANSWERS.field(name).type) for name in ("question_id", "category", "prompt", "answer", "response")]
+    + [("correct", pa.bool_()), ("thumbnail", pa.binary())]
+)
+
+Row = dict[str, Any]
+
+
+def run(job: Job) -> Result:
+    """Answer every question of the benchmark twice and score both."""
+    benchmark = BenchmarkSpec.model_validate(job.spec["benchmark"])
+    location = _location(benchmark, job.specs)
+    before = job.one("train")
+    bound = {"checkpoint_digest": before.manifest.digest, "protocol": protocol_digest(protocol(benchmark))}
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    judge: _Judge | None = None
+    for i, chunk in enumerate(_chunks(questions(benchmark, location), CHUNK_QUESTIONS)):
+        done = job.work / f"{i:05d}.json"
+        if not done.exists():
+            judge = judge or _Judge(benchmark, Tokens.model_validate(job.spec["tokens"]), before)
+            write_atomic(done, canonical(judge.answer(chunk)))
+        answered = json.loads(done.read_bytes())
+        dropped.update(answered["dropped"])
+        rows += [row | bound for row in answered["rows"]]
+        job.progress(
+            f"evaluate/{job.name}: {len(rows)} answered, {_right(rows)} right, {sum(dropped.values())} dropped"
+        )
+    if not rows:
+        raise ValueError(f"evaluate/{job.name}: no question of {benchmark.location} could be asked; {dict(dropped)}")
+    _write(pa.Table.from_pylist(rows, ANSWERS), job.out / "answers.parquet")
+    _write(_gallery(rows, benchmark, location), job.out / "gallery.parquet")
+    n_in = len(rows) + sum(dropped.values())
+    return Result(
+        n_in, len(rows), dict(dropped), score(rows, n_in, benchmark) | bound | {"asked_of": before.manifest.id}
+    )
+
+
+def questions(benchmark: BenchmarkSpec, location: Path) -> Iterator[Sample | Rejected]:
+    """The question set in its own order, as its adapter reads it."""
+    read = resolve("adapters", benchmark.adapter)
+    yield from read(location, source=benchmark.name, **benchmark.args)
+
+
+def score(rows: Sequence[Row], n_questions: int, benchmark: BenchmarkSpec) -> Row:
+    """The score record: a dropped question counts as wrong."""
+    share = _right(rows) / n_questions
+    categories: dict[str, Row] = {}
+    for category in sorted({row["category"] for row in rows}):
+        own = [row for row in rows if row["category"] == category]
+        categories[category] = {
+            "n_questions": len(own),
+            "score": round(_right(own) / len(own), 6),
+            "blind": round(_right(own, "blind_correct") / len(own), 6),
+        }
+    return {
+        "score": round(share, 6),
+        "chance": benchmark.chance,
+        "blind": round(_right(rows, "blind_correct") / n_questions, 6),
+        "standard_error": round(math.sqrt(share * (1 - share) / n_questions), 6),
+        "n_questions": n_questions,
+        "by_category": categories,
+        "protocol_fields": protocol(benchmark),
+    }
+
+
+def protocol(benchmark: BenchmarkSpec) -> Row:
+    """All that two scores must share to be comparable; a title, a licence and a place on disk do not matter."""
+    module, _, _ = benchmark.scorer.rpartition(".")
+    version = getattr(importlib.import_module(f"solo.benchmarks.{module}"), "VERSION", 1)
+    fields = benchmark.model_dump(mode="json", exclude={"title", "licence", "location"})
+    return fields | {"decoding": DECODING, "scorer": f"{benchmark.scorer} v{version}", "evaluate": VERSION}
+
+
+def protocol_digest(fields: Mapping[str, Any]) -> str:
+    """One SHA-256 per protocol."""
+    return hashlib.sha256(canonical(dict(fields))).hexdigest()
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Row:
+    """The difference of two score records (`manifest.stats` of evaluate), b - a; refused across protocols."""
+    left, right = a["protocol_fields"], b["protocol_fields"]
+    differing = [f"{k}: {left.get(k)!r} and {right.get(k)!r}" for k in {**left, **right} if left.get(k) != right.get(k)]
+    if differing:
+        raise ValueError(
+            f"scores of {left['name']!r} and {right['name']!r} were made under different protocols "
+            f"({'; '.join(differing)}); evaluate both checkpoints with one benchmark spec"
+        )
+    error = math.hypot(a["standard_error"], b["standard_error"])
+    return {
+        "benchmark": left["name"],
+        "scores": [a["score"], b["score"]],
+        "difference": round(b["score"] - a["score"], 6),
+        "standard_error": round(error, 6),
+        "checkpoints": [a["checkpoint_digest"], b["checkpoint_digest"]],
+    }
+
+
+class _Judge:
+    """A loaded model with the scorer of one benchmark; made only when a chunk is still to be answered."""
+
+    def __init__(self, benchmark: BenchmarkSpec, tokens: Tokens, trained: Artifact) -> None:
+        import torch
+
+        from solo.model import SoloForCausalLM
+        from solo.tokens import Tokenizer
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: SoloForCausalLM = SoloForCausalLM.from_pretrained(trained.path / "checkpoint").eval()  # type: ignore
+        self.model = model.to(device)  # type: ignore[arg-type]
+        self.tokenizer: Tokenizer = Tokenizer(tokens)
+        self.benchmark = benchmark
+        self.scorer = resolve("benchmarks", benchmark.scorer)
+
+    def answer(self, chunk: Sequence[Sample | Rejected]) -> Row:
+        """Rows of a chunk and the reasons of what could not be asked."""
+        asked: list[tuple[Sample, Piece]] = []
+        dropped: Counter[str] = Counter()
+        for sample in chunk:
+            piece = sample.status if isinstance(sample, Rejected) else self.prompt(sample)
+            if isinstance(piece, str):
+                dropped[piece] += 1
+            else:
+                assert isinstance(sample, Sample)
+                asked.append((sample, piece))
+        pieces = [piece for _, piece in asked]
+        blank = [replace(p, patches=np.full_like(p.patches, BLANK)) for p in pieces]
+        responses, blind = self.complete(pieces), self.complete(blank)
+        rows = [self.row(s, r, b) for (s, _), r, b in zip(asked, responses, blind, strict=True)]
+        return {"rows": rows, "dropped": dict(dropped)}
+
+    def prompt(self, sample: Sample) -> Piece | str:
+        """What the model is given, or why the question cannot be asked."""
+        from solo.loader import read_piece
+
+        question = replace(sample, messages=sample.messages[:-1])  # the last turn is the answer
+        try:
+            piece = read_piece(question, self.tokenizer, self.benchmark.template)
+        except ImageError:
+            return "undecodable"
+        except ValueError:  # an image that the resize rule cannot serve
+            return "image_too_thin"
+        longest = self.model.config.max_position_embeddings - self.benchmark.max_new_tokens
+        return piece if len(piece.ids) <= longest else "over_long"
+
+    def complete(self, pieces: Sequence[Piece]) -> list[str]:
+        """Responses as text; equal prompts (a blind set has few others) are asked once."""
+        unique = {p.ids.tobytes() + p.patches.tobytes(): p for p in pieces}
+        ids = self.model.complete(
+            list(unique.values()),
+            max_new_tokens=self.benchmark.max_new_tokens,
+            batch_tokens=BATCH_TOKENS[self.model.device.type],
+        )
+        said = {key: self.tokenizer.decode(one).strip() for key, one in zip(unique, ids, strict=True)}
+        return [said[p.ids.tobytes() + p.patches.tobytes()] for p in pieces]
+
+    def row(self, sample: Sample, response: str, blind: str) -> Row:
+        """One answered question."""
+        answer = _said(sample, -1)
+        return {
+            "question_id": question_id(sample),
+            "category": str(sample.meta.get("category", "all")),
+            "prompt": "\n".join(_said(sample, i) for i in range(len(sample.messages) - 1)),
+            "answer": answer,
+            "response": response,
+            "blind_response": blind,
+            "correct": bool(self.scorer(response, answer)),
+            "blind_correct": bool(self.scorer(blind, answer)),
+        }
+
+
+def question_id(sample: Sample) -> str:
+    """The set's own id of a question, or our key where it has none."""
+    return str(sample.meta.get("question_id", sample.key))
+
+
+def _gallery(rows: Sequence[Row], benchmark: BenchmarkSpec, location: Path) -> pa.Table:
+    """A few answered questions, chosen by hash, with their first picture made small."""
+    chosen = sorted(rows, key=lambda r: hashlib.md5(r["question_id"].encode()).hexdigest())[:N_GALLERY]
+    wanted = {row["question_id"] for row in chosen}
+    small: dict[str, bytes | None] = {}
+    for sample in questions(benchmark, location):
+        if isinstance(sample, Sample) and question_id(sample) in wanted and sample.images:
+            small[question_id(sample)] = thumbnail(sample.images[0])
+    shown = [{**row, "thumbnail": small.get(row["question_id"])} for row in chosen]
+    return pa.Table.from_pylist([{k: row[k] for k in GALLERY.names} for row in shown], GALLERY)
+
+
+def _location(benchmark: BenchmarkSpec, specs: Path) -> Path:
+    """Where the question set lies, after its bytes were found to be the pinned ones."""
+    location = specs / benchmark.location
+    if not location.exists():
+        raise ValueError(f"benchmarks/{benchmark.name}.yaml: location {location} does not exist; put the data there")
+    if benchmark.revision.startswith("sha256:"):
+        from solo.acquire import content_sha256
+
+        found = content_sha256(location)
+        if f"sha256:{found.removeprefix('sha256:')}" != benchmark.revision:
+            raise ValueError(
+                f"benchmarks/{benchmark.name}.yaml: revision is {benchmark.revision} but {location} has sha256:"
+                f"{found.removeprefix('sha256:')}; restore the data, or pin the new revision"
+            )
+    return location
+
+
+def _said(sample: Sample, turn: int) -> str:
+    return "\n".join(item["text"] for item in sample.messages[turn]["content"] if item["type"] == "text")
+
+
+def _right(rows: Sequence[Row], column: str = "correct") -> int:
+    return sum(bool(row[column]) for row in rows)
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    write_atomic(path, out.getvalue())

@@ -1,0 +1,105 @@
+"""Pictures for the pages: a few kept and dropped samples of a source, a few answered questions.
+
+In: artifacts of acquire and filter, or of evaluate. Out: Markdown tables with small JPEG data URIs and escaped text.
+Invariant: which samples are shown depends on keys alone. Cost: one scan of the verdicts, then a handful of reads.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from solo.artifact import Artifact
+from solo.markdown import escape, picture
+from solo.patches import ImageError, open_rgb
+from solo.sample import Sample, read_sample
+
+THUMB_PX = 96
+N_EACH = 3  # samples shown per verdict
+N_REASONS = 5  # verdicts shown per source, kept among them
+
+CHOSEN = """
+WITH chosen AS (
+  SELECT key, coalesce(reason, 'kept') AS verdict
+  FROM read_parquet($verdicts)
+  QUALIFY row_number() OVER (PARTITION BY reason ORDER BY md5(key), key) <= $n_each
+)
+SELECT c.verdict, o.raw_shard, o."offset", o.length
+FROM chosen AS c
+JOIN read_parquet($outcomes) AS o ON o.key = c.key
+WHERE o.raw_shard IS NOT NULL
+ORDER BY c.verdict <> 'kept', c.verdict, md5(c.key), c.key
+"""
+
+
+def thumbnail(data: bytes) -> bytes | None:
+    """A JPEG of at most THUMB_PX a side, or None where the bytes do not decode."""
+    try:
+        image = open_rgb(data)
+    except ImageError:
+        return None
+    if max(image.size) < THUMB_PX // 2:  # a picture too small to see is what such a sample was dropped for
+        times = THUMB_PX // 2 // max(image.size)
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    image.thumbnail((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=72)
+    return out.getvalue()
+
+
+def verdicts(filtered: Artifact, acquired: Artifact) -> str:
+    """One source's table: a line per verdict, its samples side by side."""
+    import duckdb
+
+    files = {"verdicts": filtered.path / "verdicts.parquet", "outcomes": acquired.path / "outcomes.parquet"}
+    names = {name: str(path) for name, path in files.items()}
+    with duckdb.connect() as con:
+        rows = con.execute(CHOSEN, {**names, "n_each": N_EACH}).fetchall()
+    shown: dict[str, list[str]] = {}
+    for verdict, raw_shard, offset, length in rows:
+        if verdict in shown or len(shown) < N_REASONS:
+            raw = acquired.path / "raw" / f"{raw_shard:05d}.tar"
+            shown.setdefault(verdict, []).append(_sample(read_sample(raw, offset, length)))
+    if not shown:
+        return "(no sample to show)"
+    lines = [[escape(verdict), *cells, *[""] * (N_EACH - len(cells))] for verdict, cells in shown.items()]
+    return _grid(["verdict", *[""] * N_EACH], lines)
+
+
+def answers(evaluated: Artifact, *, n_columns: int = 4) -> str:
+    """Questions of one benchmark with picture, reference and what the model said."""
+    rows = pq.read_table(evaluated.path / "gallery.parquet").to_pylist()
+    cells = [f"{picture(r['thumbnail'], 'question') if r['thumbnail'] else ''} {_answer(r)}" for r in rows]
+    cells += [""] * (-len(cells) % n_columns)
+    lines = [cells[i : i + n_columns] for i in range(0, len(cells), n_columns)]
+    return _grid([""] * n_columns, lines) if rows else "(no question was answered)"
+
+
+def _answer(row: dict[str, Any]) -> str:
+    said = f"said {escape(row['response'] or '(nothing)', limit=40)}"
+    verdict = "right" if row["correct"] else f"wrong, answer {escape(row['answer'], limit=40)}"
+    return f"{escape(row['prompt'], limit=90)} - {said}: {verdict}"
+
+
+def _sample(sample: Sample) -> str:
+    """A sample as one cell: its first picture, then the beginning of what is said."""
+    said = " ".join(i["text"] for m in sample.messages for i in m["content"] if i["type"] == "text")
+    if not sample.images:
+        return escape(said, limit=140)
+    small = thumbnail(sample.images[0])
+    return f"{picture(small, 'sample') if small else '(cannot be decoded)'} {escape(said, limit=70)}"
+
+
+def _grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def folder(artifact: Artifact) -> Path:
+    """Where an artifact lies under the data root, as a page may name it."""
+    return Path(artifact.manifest.part, artifact.manifest.name, artifact.manifest.fingerprint)

@@ -1,0 +1,160 @@
+"""Pages and rows of the parts that use data: train, evaluate, report.
+
+In: the artifacts of one part. Out: blocks of Markdown, the important ones first, or flat rows for the UI's table.
+Invariant: losses come from `metrics.jsonl`, token counts from manifests; nothing is smoothed but what the chart's width
+forces. Cost: one JSON line per optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from solo import gallery
+from solo.artifact import Artifact
+from solo.charts import grouped, lines
+from solo.data_pages import Inputs, Row
+from solo.markdown import BAR, bar, escape, picture, table
+
+N_LINES = 8  # sources drawn one by one; the page's table has all
+
+
+def train_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
+    """One row per stage and source, the stage's own first."""
+    for a in artifacts:
+        s = a.manifest.stats
+        yield {
+            "stage": a.manifest.name,
+            "source": "(all)",
+            "packs": s["n_packs"],
+            "steps": s["n_steps"],
+            "tokens": s["n_tokens"],
+            "loss tokens": s["n_loss_tokens"],
+            "loss first": s["loss_first"],
+            "loss last": s["loss_last"],
+            "tokens/s": s.get("tokens_per_s"),
+        }
+        for source, own in s.get("sources", {}).items():
+            counts = {"tokens": own["n_tokens"], "loss tokens": own["n_loss_tokens"], "loss last": own.get("loss_last")}
+            empty = dict.fromkeys(("packs", "steps", "tokens", "loss tokens", "loss first", "loss last", "tokens/s"))
+            yield {"stage": a.manifest.name, "source": source, **empty, **counts}
+
+
+def train_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
+    """Loss, learning rate and speed over all stages, one after the other."""
+    yield "# Train: the stages"
+    rows = list(train_rows(artifacts))
+    yield table([{k: v for k, v in row.items() if k != "source"} for row in rows if row["source"] == "(all)"])
+    metrics = {a.manifest.name: _metrics(a) for a in artifacts}
+    starts = dict(zip(metrics, np.cumsum([0, *(len(m) for m in metrics.values())]), strict=False))
+    over = {name: [starts[name] + i + 1 for i in range(len(m))] for name, m in metrics.items()}
+    label = "optimizer step, all stages"
+
+    def drawn(field: str) -> dict[str, tuple[Any, Any]]:
+        return {name: (over[name], [row[field] for row in m]) for name, m in metrics.items() if m}
+
+    if any(metrics.values()):
+        yield picture(lines("Loss by stage", drawn("loss"), x=label, y="nats per loss token"), "loss by stage")
+        chart = lines("Loss by source", _by_source(metrics, over), x=label, y="nats per loss token", height_in=3.0)
+        yield picture(chart, "loss by source")
+        yield picture(lines("Learning rate", drawn("lr"), x=label, y="per step", height_in=1.9), "learning rate")
+        yield picture(lines("Speed", drawn("tokens_per_s"), x=label, y="tokens per s", height_in=1.9), "speed")
+    yield "## Tokens and last loss by source"
+    names = ("stage", "source", "tokens", "loss tokens", "loss last")
+    yield table([{k: row[k] for k in names} for row in rows if row["source"] != "(all)"])
+
+
+def evaluate_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
+    """One row per benchmark and category, the whole benchmark first."""
+    for a in artifacts:
+        s = a.manifest.stats
+        for category, own in {"(all)": s, **s["by_category"]}.items():
+            yield {
+                "benchmark": a.manifest.name,
+                "category": category,
+                "questions": own["n_questions"],
+                "score": own["score"],
+                "blind": own["blind"],
+                "chance": own.get("chance"),
+            }
+
+
+def evaluate_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
+    """Scores against guessing and against the same model without the picture."""
+    yield "# Evaluate: scores against chance and blind"
+    yield "`blind` is the same model asked the same questions with every picture replaced by a grey one of its size."
+    scores = {a.manifest.name: {k: a.manifest.stats[k] for k in ("score", "blind", "chance")} for a in artifacts}
+    yield picture(grouped("Share of questions answered right", scores, unit="share", top=1.0), "scores")
+    yield table([row | {BAR: bar(row["score"])} for row in evaluate_rows(artifacts)])
+    yield table([_bound(a) for a in artifacts])
+    for a in artifacts:
+        yield f"## Questions of {escape(a.manifest.name)}\n\n{gallery.answers(a)}"
+
+
+def report_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
+    """One row per node: the closing table."""
+    for a in artifacts:
+        for p in _summary(a)["parts"]:
+            dropped = ", ".join(f"{n:,} {reason}" for reason, n in p["dropped"].items() if n)
+            row = {"part": p["part"], "name": p["name"], "in": p["in"], "kept": p["kept"], "dropped": dropped}
+            yield row | {"tokens": p["tokens"], "seconds": p["seconds"]}
+
+
+def report_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
+    """The closing table, the equations, and where the files lie."""
+    for a in artifacts:
+        summary = _summary(a)
+        failed = [c for c in summary["checks"] if not c["ok"]]
+        yield f"# Report: {escape(summary['title'] or summary['recipe'])}"
+        yield f"{len(summary['checks']) - len(failed)} of {len(summary['checks'])} equations hold."
+        if failed:
+            yield "**The counts do not close:**\n\n" + table(failed)
+        yield "## Scores\n\n" + table(
+            [{k: s[k] for k in ("benchmark", "score", "chance", "blind")} for s in summary["scores"]]
+        )
+        yield "## Closing table\n\n" + table(list(report_rows([a])))
+        yield "## Equations\n\n" + table([c | {"ok": "holds" if c["ok"] else "FAILS"} for c in summary["checks"]])
+        where = gallery.folder(a).as_posix()
+        yield f"`report.html`, `report.md` and `report.json` lie in `{where}/` of the data root."
+
+
+def _bound(a: Artifact) -> Row:
+    """What a score is bound to."""
+    s, benchmark = a.manifest.stats, a.manifest.spec.get("benchmark", {})
+    return {
+        "benchmark": a.manifest.name,
+        "checkpoint": s.get("asked_of", ""),
+        "its content": str(s.get("checkpoint_digest", ""))[:12],
+        "protocol": str(s.get("protocol", ""))[:12],
+        "question set": str(benchmark.get("revision", ""))[:19],
+        "licence": benchmark.get("licence", {}).get("id", ""),
+    }
+
+
+def _metrics(a: Artifact) -> list[Row]:
+    path = a.path / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+
+
+def _by_source(metrics: Mapping[str, Sequence[Row]], over: Mapping[str, Sequence[int]]) -> dict[str, tuple[Any, Any]]:
+    """Loss of each source at the steps that saw it, the sources with most steps first."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for name, rows in ((name, rows) for name, rows in metrics.items() if rows):
+        for xs, ys in found.values():  # no line from one stage to the next
+            xs.append(over[name][0])
+            ys.append(np.nan)
+        for step, row in zip(over[name], rows, strict=True):
+            for source, loss in row.get("sources", {}).items():
+                xs, ys = found.setdefault(source, ([], []))
+                xs.append(step)
+                ys.append(loss)
+    most = sorted(found, key=lambda source: (-len(found[source][0]), source))[:N_LINES]
+    return {source: found[source] for source in sorted(most)}
+
+
+def _summary(a: Artifact) -> Row:
+    summary: Row = json.loads((a.path / "report.json").read_text(encoding="utf-8"))
+    return summary
