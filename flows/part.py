@@ -7,20 +7,24 @@ with one line; anything else raises with its traceback, because it is ours to me
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
-from prefect import Task, task
+from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
-from prefect.states import Failed, State
+from prefect.states import Failed
 
 from solo import line, pages
 from solo.artifact import RECORD, Artifact
 from solo.line import Node, Ref, Settings
 
+logging.getLogger("solo").setLevel(logging.INFO)  # Prefect forwards the lines of a part, but only from WARNING on
 Made = dict[str, Any]  # {"ref": Ref as a dict, "ran": bool}: JSON, because a worker reads it back
 
 
@@ -44,13 +48,13 @@ def build(node: dict[str, Any], inputs: dict[str, Made], force: bool, **hooks: C
     return {"ref": asdict(ref), "ran": ran}
 
 
-def part_task(part: str, **options: Any) -> Task[..., Any]:  # noqa: ANN401 - Prefect's own options
+def part_task(part: str, **options: Any) -> Any:  # noqa: ANN401 - a Task, whose generics cannot be written here
     """The cached task of one part; called directly, so that SIGTERM reaches the work."""
 
     def run(node: dict[str, Any], inputs: dict[str, Made], force: bool) -> Made | State:
         return build(node, inputs, force)
 
-    return task(
+    return cast(Any, task)(
         run,
         name=part,
         task_run_name=part + "/{node[name]}",
@@ -61,15 +65,14 @@ def part_task(part: str, **options: Any) -> Task[..., Any]:  # noqa: ANN401 - Pr
     )
 
 
-def publish(recipe: str, part: str, artifacts: Sequence[Artifact], inputs: dict[str, Artifact]) -> None:
-    """Table and page of one part, from manifests and files: cached parts show their statistics too."""
+def publish(recipe: str, part: str, artifacts: Sequence[Artifact], inputs: dict[str, Artifact]) -> UUID:
+    """Table and page of one part, from manifests and files: cached parts show their statistics too. The page's id."""
     create_table_artifact(
         key=f"{recipe}-{part}-table",
         table=pages.table(part, list(artifacts)),
         description=f"{part} of {recipe}",
     )
-    create_markdown_artifact(
-        key=f"{recipe}-{part}",
-        markdown=pages.page(part, list(artifacts), inputs=inputs),
-        description=f"{part} of {recipe}",
+    page = pages.page(part, list(artifacts), inputs=inputs)
+    return cast(
+        UUID, create_markdown_artifact(key=f"{recipe}-{part}", markdown=page, description=f"{part} of {recipe}")
     )

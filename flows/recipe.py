@@ -10,12 +10,14 @@ import os
 import sys
 from dataclasses import asdict
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_UI_URL
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, Failed
 
 from flows import acquire, curate, evaluate, filter, pack, report, shard, train
 from flows.part import Made, publish, refs_of
@@ -69,6 +71,7 @@ def _run(recipe: str, nodes: list[Node], settings: Settings, force: list[Part]) 
     """Make the nodes in order, show each part's statistics once its last node is there, and keep the run's record."""
     log, made, states = get_run_logger(), cast(dict[str, Made], {}), cast(dict[str, str], {})
     artifacts: dict[str, Artifact] = {}
+    shown: dict[str, UUID] = {}
     for i, node in enumerate(nodes):
         inputs = {node_id: made[node_id] for node_id in node.inputs}
         state = _one(node, inputs, settings, node.part in force)
@@ -79,11 +82,13 @@ def _run(recipe: str, nodes: list[Node], settings: Settings, force: list[Part]) 
         artifacts[node.id] = refs_of(made)[node.id].open(settings.root)
         log.info("%s %s", node.id, states[node.id])
         if i + 1 == len(nodes) or nodes[i + 1].part != node.part:
-            publish(recipe, node.part, [artifacts[n.id] for n in nodes if n.part == node.part], artifacts)
-    create_markdown_artifact(key=recipe, markdown=pages.overview(list(artifacts.values())))
+            shown[node.part] = publish(
+                recipe, node.part, [artifacts[n.id] for n in nodes if n.part == node.part], artifacts
+            )
+    overview = create_markdown_artifact(key=recipe, markdown=pages.overview(list(artifacts.values())))
     base = f"{PREFECT_UI_URL.value()}/v2"
-    links = {"run": f"{base}/runs/flow-run/{runtime.flow_run.id}"}
-    links |= {key: f"{base}/artifacts/key/{key}" for key in (recipe, *(f"{recipe}-{p}" for p in _parts(nodes)))}
+    links = {"run": f"{base}/runs/flow-run/{runtime.flow_run.id}", "overview": f"{base}/artifacts/artifact/{overview}"}
+    links |= {part: f"{base}/artifacts/artifact/{page}" for part, page in shown.items()}
     runs.write(settings.root, recipe, states, artifacts, links)
     return Completed(message=runs.sentence(states))
 
@@ -94,11 +99,11 @@ def _one(node: Node, inputs: dict[str, Made], settings: Settings, force: bool) -
     if node.part in TASKS:
         stale = force or not line.intact(node, refs_of(inputs), settings)
         task = TASKS[node.part].with_options(refresh_cache=stale, result_storage=settings.root)
-        return task(**parameters, return_state=True)
+        return cast(State, task(**parameters, return_state=True))
     elsewhere = os.environ.get(f"SOLO_{node.part.upper()}_DEPLOYMENT")
     if elsewhere is None:
-        return FLOWS[node.part](**parameters, return_state=True)
-    state = cast(Any, run_deployment(elsewhere, parameters=parameters)).state
+        return cast(State, FLOWS[node.part](**parameters, return_state=True))
+    state = cast(State, cast(Any, run_deployment(elsewhere, parameters=parameters)).state)
     if not state.is_completed():
         return state
     if not line.intact(node, refs_of(inputs), settings):
@@ -107,10 +112,6 @@ def _one(node: Node, inputs: dict[str, Made], settings: Settings, force: bool) -
         )
     ref, _ = line.make_node(node, refs_of(inputs), settings)
     return Completed(name=state.name, data={"ref": asdict(ref), "ran": state.name != "Cached"})
-
-
-def _parts(nodes: list[Node]) -> list[str]:
-    return list(dict.fromkeys(n.part for n in nodes))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The local Prefect server of this checkout: start it, its worker and the deployments; stop them by pid.
 
 State lives in `.solo/prefect/` (SQLite, logs, pids); the API's address is written to `.env`, where any `prefect`
-command run in the checkout finds it. Binds to 127.0.0.1 only.
+command run in the checkout finds it. Binds to 127.0.0.1 only. Two homes never share a port, a pid or a database.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
 from solo.line import CHECKOUT
 
@@ -25,6 +27,7 @@ STATE = HOME / "solo-server.json"
 POOL = "solo-local"
 DEFAULT_PORT = 4200
 START_S = 120.0
+STOP_S = 40.0  # longer than a stage needs for its checkpoint (solo.train.GRACE_S)
 MARK = "# written by `solo up`"
 
 
@@ -32,8 +35,10 @@ def port() -> int:
     """$SOLO_PORT, else the port of last time, else 4200, else a free one; a taken $SOLO_PORT is an error."""
     asked = os.environ.get("SOLO_PORT")
     if asked:
-        if not asked.isdigit() or not _free(int(asked)):
-            raise ValueError(f"SOLO_PORT={asked} is in use or no port number; free it or choose another SOLO_PORT")
+        if not asked.isdigit() or not 0 < int(asked) < 2**16:
+            raise ValueError(f"SOLO_PORT is {asked!r}, not a port number; give one from 1 to 65535, or unset it")
+        if not _free(int(asked)):
+            raise ValueError(f"SOLO_PORT={asked} is in use by another program; give another, or unset it for a free one")
         return int(asked)
     for candidate in (_state().get("port"), DEFAULT_PORT):
         if candidate and _free(candidate):
@@ -94,17 +99,19 @@ def alive(name: str) -> psutil.Process | None:
 def up(*, worker: bool) -> str:
     """Start what is not running yet; returns the UI's address."""
     HOME.mkdir(parents=True, exist_ok=True)
-    state = _state()
-    if alive("server") is None:
-        state = {"port": port()}
-        _write_env(environment(state["port"]))
-        _start("server", ["server", "start", "--host", "127.0.0.1", "--port", str(state["port"])], state)
-        _wait(state["port"])
-    env = os.environ | environment(state["port"])
-    if worker and alive("worker") is None:
-        _prefect(env, "work-pool", "create", POOL, "--type", "process", "--overwrite")
-        _prefect(env, "deploy", "--prefect-file", "infra/prefect.yaml", "--all")
-        _start("worker", ["worker", "start", "--pool", POOL, "--type", "process"], state)
+    with FileLock(HOME / "up.lock"):  # two commands at once would each start a server
+        state = _state()
+        if alive("server") is None:
+            _stop("worker")  # it calls the server that is gone
+            state = {"port": port()}
+            _write_env(environment(state["port"]))
+            _start("server", ["server", "start", "--host", "127.0.0.1", "--port", str(state["port"])], state)
+            _wait(state["port"])
+        env = os.environ | environment(state["port"])
+        if worker and alive("worker") is None:
+            _prefect(env, "work-pool", "create", POOL, "--type", "process", "--overwrite")
+            _prefect(env, "deploy", "--prefect-file", "infra/prefect.yaml", "--all")
+            _start("worker", ["worker", "start", "--pool", POOL, "--type", "process"], state)
     return f"http://127.0.0.1:{state['port']}"
 
 
@@ -161,30 +168,51 @@ def _write_env(settings: dict[str, str]) -> None:
 
 def down() -> list[str]:
     """Stop worker, then server, with everything they started; returns the names of what was stopped."""
-    stopped = []
-    for name in ("worker", "server"):
-        process = alive(name)
-        if process is None:
-            continue
-        tree = [*process.children(recursive=True), process]
-        process.terminate()
-        _, left = psutil.wait_procs(tree, timeout=40)
-        for p in left:
+    return [name for name in ("worker", "server") if _stop(name)]
+
+
+def _stop(name: str) -> bool:
+    """SIGTERM to a process of ours and its children, so that a running stage makes its checkpoint; then SIGKILL."""
+    process = alive(name)
+    if process is None:
+        return False
+    tree = [*process.children(recursive=True), process]
+    for p in [*process.children(), process]:
+        with suppress(psutil.NoSuchProcess):
+            p.terminate()
+    _, left = psutil.wait_procs(tree, timeout=STOP_S)
+    for p in left:
+        with suppress(psutil.NoSuchProcess):
             p.kill()
-        stopped.append(name)
-    return stopped
+    return True
 
 
-def main(action: str) -> None:
-    """`server`: server only; `worker`: server, deployments and worker; `down`: stop both."""
+def run(module: str, arguments: list[str]) -> None:
+    """Become `python -m MODULE`, with the settings that lead to this home's server whatever `.env` says."""
+    number = _state().get("port")
+    if number is None or alive("server") is None:
+        raise ValueError(f"no Prefect server runs for {HOME}; `solo up` starts it")
+    os.chdir(CHECKOUT)
+    command = [sys.executable, "-m", module, *arguments]
+    os.execve(sys.executable, command, os.environ | environment(number))
+
+
+def main(action: str, arguments: list[str]) -> None:
+    """`worker`: server, deployments and worker; `run`: a recipe's flow; `prefect`: its command line; `down`: stop."""
     try:
         if action == "down":
             sys.stdout.write(f"stopped: {', '.join(down()) or 'nothing was running'}\n")
+        elif action == "prefect":
+            run("prefect", arguments)
         else:
             sys.stdout.write(f"Prefect UI: {up(worker=action == 'worker')}\n")
+            sys.stdout.flush()
+            if action == "run":
+                os.environ["PREFECT_LOGGING_SETTINGS_PATH"] = str(CHECKOUT / "infra" / "console.yml")
+                run("flows.recipe", arguments)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])

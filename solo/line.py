@@ -140,7 +140,7 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
         before = [f"train/{stage.name}"]
     for b in benchmarks:
         add("evaluate", b.name, {"benchmark": _untitled(b), "tokens": tokens}, before)
-    licences = {spec.name: spec.licence.id for spec in (*sources, *benchmarks)}
+    licences = {s.name: s.licence.id for s in sources} | {b.name: b.licence.id for b in benchmarks}
     summary = {"recipe": recipe.name, "title": recipe.title, "licences": licences}
     add("report", recipe.name, summary, [n.id for n in line])
     return line

@@ -49,7 +49,7 @@ def write_data(specs: Path) -> None:
     write_tar(specs / "data" / "pictures" / "train-00000.tar", members)
     mapping = "".join(f"n{i:08d} {name}\n" for i, name in enumerate(COLOURS))
     (specs / "data" / "pictures" / "mapping.txt").write_text(mapping)
-    words = "the cat sat on a mat while seven green birds watched from an old stone wall".split()
+    words = ("the", "cat", "sat", "on", "a", "mat", "while", "seven", "green", "birds", "watched", "an", "old", "wall")
     rng = random.Random(7)
     lines = [" ".join(rng.choices(words, k=rng.randrange(5, 120))) for _ in range(40)]
     records = [{"text": t, "meta": {"redpajama_set_name": "RedPajamaWikipedia"}} for t in lines]
