@@ -6,15 +6,14 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
 
-from flows.part import Made, build
+from flows.part import Made, build, through_flow
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{node[name]}", log_prints=False)
-def evaluate(node: dict[str, Any], inputs: dict[str, Made], force: bool = False) -> Made | State:
-    """Score one benchmark, or find it scored."""
-    made = build(node, inputs, force)
-    if isinstance(made, State) or made["ran"]:
-        return made
-    return Completed(name="Cached", data=made)
+def evaluate_flow(node: dict[str, Any], inputs: dict[str, Made], force: bool = False) -> Made | State:
+    """Score one benchmark."""
+    return build(node, inputs, force)
+
+
+evaluate = through_flow("evaluate", evaluate_flow)

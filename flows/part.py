@@ -8,6 +8,7 @@ with one line; anything else raises with its traceback, because it is ours to me
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -18,6 +19,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
+from prefect.deployments import run_deployment
 from prefect.states import Failed
 
 from solo import line, pages
@@ -48,11 +50,11 @@ def build(node: dict[str, Any], inputs: dict[str, Made], force: bool, **hooks: C
     return {"ref": asdict(ref), "ran": ran}
 
 
-def part_task(part: str, **options: Any) -> Any:  # noqa: ANN401 - a Task, whose generics cannot be written here
-    """The cached task of one part; called directly, so that SIGTERM reaches the work."""
+def part_task(part: str, body: Callable[..., Made | State] = build, **options: Any) -> Any:  # noqa: ANN401
+    """The cached task of one part, called directly, so that SIGTERM reaches the work; `body` is that work."""
 
     def run(node: dict[str, Any], inputs: dict[str, Made], force: bool) -> Made | State:
-        return build(node, inputs, force)
+        return body(node, inputs, force)
 
     return cast(Any, task)(
         run,
@@ -63,6 +65,26 @@ def part_task(part: str, **options: Any) -> Any:  # noqa: ANN401 - a Task, whose
         result_serializer="json",
         **options,
     )
+
+
+def through_flow(part: str, inner: Any) -> Any:  # noqa: ANN401 - a Flow and a Task
+    """The cached task of a part whose work is a flow: reused it costs milliseconds, a flow run costs a second."""
+
+    def run(node: dict[str, Any], inputs: dict[str, Made], force: bool) -> Made | State:
+        elsewhere = os.environ.get(f"SOLO_{part.upper()}_DEPLOYMENT")
+        parameters = {"node": node, "inputs": inputs, "force": force}
+        if elsewhere is None:
+            state = inner(**parameters, return_state=True)
+            return cast(Made, state.result()) if state.is_completed() else Failed(message=state.message)
+        state = cast(Any, run_deployment(elsewhere, parameters=parameters)).state
+        if not state.is_completed():
+            return Failed(message=f"{elsewhere}: {state.message}")
+        settings = Settings.from_env()
+        if not line.intact(Node(**node), refs_of(inputs), settings):
+            return Failed(message=f"{elsewhere} completed, but {settings.root} lacks its artifact; share the data root")
+        return cast(Made, build(node, inputs, False)) | {"ran": True}
+
+    return part_task(part, run)
 
 
 def publish(recipe: str, part: str, artifacts: Sequence[Artifact], inputs: dict[str, Artifact]) -> UUID:

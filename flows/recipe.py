@@ -6,7 +6,6 @@ what is reused, where the statistics are shown. The work is in `solo/`.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from typing import Any, cast
@@ -15,7 +14,6 @@ from uuid import UUID
 from prefect import flow, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
-from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_UI_URL
 from prefect.states import Completed, Failed
 
@@ -31,9 +29,10 @@ TASKS = {
     "shard": shard.shard,
     "curate": curate.curate,
     "pack": pack.pack,
+    "train": train.train,
+    "evaluate": evaluate.evaluate,
     "report": report.report,
 }
-FLOWS = {"train": train.train, "evaluate": evaluate.evaluate}
 
 
 @flow(name="solo", flow_run_name="{recipe}-to-{until}", log_prints=False)
@@ -94,24 +93,10 @@ def _run(recipe: str, nodes: list[Node], settings: Settings, force: list[Part]) 
 
 
 def _one(node: Node, inputs: dict[str, Made], settings: Settings, force: bool) -> State:
-    """Run one node as its part asks: a cached task here, or a flow here or on the pool named for it."""
-    parameters: dict[str, Any] = {"node": asdict(node), "inputs": inputs, "force": force}
-    if node.part in TASKS:
-        stale = force or not line.intact(node, refs_of(inputs), settings)
-        task = TASKS[node.part].with_options(refresh_cache=stale, result_storage=settings.root)
-        return cast(State, task(**parameters, return_state=True))
-    elsewhere = os.environ.get(f"SOLO_{node.part.upper()}_DEPLOYMENT")
-    if elsewhere is None:
-        return cast(State, FLOWS[node.part](**parameters, return_state=True))
-    state = cast(State, cast(Any, run_deployment(elsewhere, parameters=parameters)).state)
-    if not state.is_completed():
-        return state
-    if not line.intact(node, refs_of(inputs), settings):
-        return Failed(
-            message=f"{elsewhere} completed but its artifact is not under {settings.root}; share the data root"
-        )
-    ref, _ = line.make_node(node, refs_of(inputs), settings)
-    return Completed(name=state.name, data={"ref": asdict(ref), "ran": state.name != "Cached"})
+    """Make one node or find it made; the record of a damaged artifact is not believed."""
+    stale = force or not line.intact(node, refs_of(inputs), settings)
+    task = TASKS[node.part].with_options(refresh_cache=stale, result_storage=settings.root)
+    return cast(State, task(node=asdict(node), inputs=inputs, force=force, return_state=True))
 
 
 if __name__ == "__main__":

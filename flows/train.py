@@ -12,9 +12,8 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
 
-from flows.part import Made, build
+from flows.part import Made, build, through_flow
 from solo import progress
 
 PROGRESS_S = 2.0
@@ -48,9 +47,9 @@ class Live:
 
 
 @flow(name="train", flow_run_name="train-{node[name]}", log_prints=False)
-def train(node: dict[str, Any], inputs: dict[str, Made], force: bool = False) -> Made | State:
-    """Train one stage, or find it trained."""
-    made = build(node, inputs, force, on_metric=Live(node["name"]))
-    if isinstance(made, State) or made["ran"]:
-        return made
-    return Completed(name="Cached", data=made)
+def train_flow(node: dict[str, Any], inputs: dict[str, Made], force: bool = False) -> Made | State:
+    """Train one stage."""
+    return build(node, inputs, force, on_metric=Live(node["name"]))
+
+
+train = through_flow("train", train_flow)

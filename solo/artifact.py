@@ -182,7 +182,8 @@ def make(job: Job, run: Callable[[Job], Result], *, force: bool = False) -> tupl
     """The artifact of a job, made now or reused; the flag is True when work was done.
 
     A kernel lock on the folder (released when its holder dies) keeps two runs from making one artifact at once.
-    Unless `force`, files of an interrupted attempt stay, and the part goes on from them.
+    Unless `force`, files of an interrupted attempt stay, and the part goes on from them; what was finished and is
+    damaged now is made again from nothing.
     """
     out = job.out
     if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -194,14 +195,24 @@ def make(job: Job, run: Callable[[Job], Result], *, force: bool = False) -> tupl
             manifest = read_manifest(out)
             assert manifest is not None
             return Artifact(out, manifest), False
-        if force and out.exists():
-            shutil.rmtree(out)
-        (out / MANIFEST).unlink(missing_ok=True)
+        if force or (out / MANIFEST).exists():
+            # A file that is there counts as done only in an attempt of our own: of a finished artifact that was harmed
+            # later, any file may be missing, short, or named by a neighbour that is still there.
+            _remove(out)
         job.work.mkdir(parents=True, exist_ok=True)
         began = time.time()
         result = run(job)
         manifest = seal(job, result, seconds=time.time() - began)
     return Artifact(out, manifest), True
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder as a whole: it has left its name before its first file goes."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+        shutil.rmtree(aside)
 
 
 def seal(job: Job, result: Result, *, seconds: float) -> Manifest:
