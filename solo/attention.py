@@ -2,13 +2,15 @@
 
 In: the document of each token (-1 = padding) and the hidden states. Out: what each token gathers. Invariant: a
 token sees itself and the `window` tokens before it in its own document (`q - k <= window`, one more than
-transformers' mask lets it see); padding sees only itself. The mask is built once per pack and serves all layers.
-Cost: on CPU all n**2 pairs through SDPA; on CUDA only blocks that hold a visible pair, through flex_attention.
+transformers' mask lets it see); padding sees only itself. Who sees whom is found once per pack, for all layers.
+Cost: on CPU the pairs inside each document, one SDPA call a document; on CUDA only blocks that hold a visible pair,
+through flex_attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,7 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-Mask = Tensor | BlockMask
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents that lie end to end, then padding: what a CPU needs to know of a pack."""
+
+    lengths: list[int]
+    window: int | None
+
+
+Mask = Documents | Tensor | BlockMask
 
 
 class Attention(nn.Module):
@@ -73,14 +84,39 @@ def build_mask(document_ids: Tensor, window: int | None) -> Mask:
     return rule(at, at, at[:, None], at[None, :])
 
 
+def lay_out(document_ids: Tensor, window: int | None) -> Mask:
+    """What `attend` does least work with, for documents that lie end to end: their lengths, or CUDA's block mask."""
+    if document_ids.is_cuda:
+        return build_mask(document_ids, window)
+    return Documents(torch.bincount(document_ids[document_ids >= 0]).tolist(), window)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """(heads, n, head_dim) queries over (kv_heads, n, head_dim) keys and values -> (heads, n, head_dim)."""
+    if isinstance(mask, Documents):
+        return _attend_each(q, k, v, mask)
     q, k, v = q[None], k[None], v[None]
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).squeeze(0)
     flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     out: Tensor = flex(q, k, v, block_mask=mask, enable_gqa=True)
     return out.squeeze(0)
+
+
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """One document after the other: 2.1 ms instead of 8.2 for 21 documents in 512 tokens, forward and backward."""
+    total, window = sum(documents.lengths), documents.window
+    outs = []
+    parts = (torch.split(t[:, :total], documents.lengths, 1) for t in (q, k, v))
+    for a, b, c in zip(*parts, strict=True):
+        n = a.shape[1]
+        if window is None or n <= window + 1:
+            out = F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, enable_gqa=True)
+        else:
+            out = attend(a, b, c, build_mask(torch.zeros(n, dtype=torch.int32), window))[None]
+        outs.append(out.squeeze(0))
+    outs.append(v[:, total:].repeat_interleave(len(q) // len(v), 0))  # padding sees itself alone
+    return torch.cat(outs, 1)
 
 
 @cache

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from solo import weights
-from solo.attention import Attention, Mask, build_mask, rotary_angles
+from solo.attention import Attention, Mask, lay_out, rotary_angles
 from solo.loader import NO_TARGET, Pack, Piece, assemble
 from solo.spec import ModelSpec, Tokens
 from solo.tokens import BOS, EOS, N_TEXT_IDS
@@ -158,7 +158,7 @@ class SoloForCausalLM(PreTrainedModel):  # type: ignore[no-untyped-call]
         device = self.lm_head.weight.device
         where = (pack.patch_index >= 0).nonzero()[:, 0]  # (P,) found on the host: no wait for the GPU
         pixels = pack.patches.to(device)[pack.patch_index[where].to(device)]
-        mask = build_mask(pack.document_ids.to(device), self.config.sliding_window)
+        mask = lay_out(pack.document_ids.to(device), self.config.sliding_window)
         return self._decode(pack.input_ids.to(device), pack.position_ids.to(device), pixels, where.to(device), mask)
 
     def _decode(self, input_ids: Tensor, position_ids: Tensor, pixels: Tensor, where: Tensor, mask: Mask) -> Tensor:

@@ -124,7 +124,7 @@ def test_part_writes_three_forms(recipe: finished.Recipe) -> None:
     done = recipe.made["report/toy"]
     summary = json.loads((done.path / "report.json").read_text())
     assert summary["closes"] is True and done.manifest.stats["closes"] is True
-    assert summary["data"][0]["licence"] is None  # the report's spec names no licences
+    assert summary["data"][0]["licence"] == "CC0-1.0"
     n_nodes = len(recipe.made) - 1
     assert done.manifest.counts == {"in": n_nodes, "kept": n_nodes, "dropped": {}}
     page = (done.path / "report.html").read_text()
