@@ -8,20 +8,28 @@ RECIPE ?= sample
 
 setup: $(VENV)/.installed .img2dataset/.installed
 
+# Said before anything is made: a wrong Python fails later and with a page of pip's output.
+NEEDED := Python 3.11 or 3.12 is needed, $(PYTHON)
+define check_python
+@$(PYTHON) -c '' 2>/dev/null || { echo 'error: $(NEEDED) does not run; use make PYTHON=python3.11' >&2; exit 1; }
+@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "error: $(NEEDED) is %d.%d; use make PYTHON=python3.11" % v)'
+endef
+
 $(VENV)/.installed: pyproject.toml infra/constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "error: Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; use make PYTHON=python3.11" % sys.version_info[:2])'
+	$(check_python)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c infra/constraints.txt -e '.[dev]'
 	@touch $@
 
 .img2dataset/.installed: infra/img2dataset.txt
+	$(check_python)
 	$(PYTHON) -m venv .img2dataset
 	.img2dataset/bin/pip install --quiet -r infra/img2dataset.txt
 	@touch $@
 
 recipe: setup
 	@$(BIN)/solo up
-	@$(BIN)/prefect deployment run solo/full-recipe --watch --param recipe=$(RECIPE)
+	@$(BIN)/python -m flows.server prefect deployment run solo/full-recipe --watch --param recipe=$(RECIPE)
 	@$(BIN)/solo report $(RECIPE)
 
 test: setup

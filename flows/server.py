@@ -38,7 +38,7 @@ def port() -> int:
         if not asked.isdigit() or not 0 < int(asked) < 2**16:
             raise ValueError(f"SOLO_PORT is {asked!r}, not a port number; give one from 1 to 65535, or unset it")
         if not _free(int(asked)):
-            raise ValueError(f"SOLO_PORT={asked} is in use by another program; give another, or unset it for a free one")
+            raise ValueError(f"SOLO_PORT={asked} is in use by another program; give another port, or unset it")
         return int(asked)
     for candidate in (_state().get("port"), DEFAULT_PORT):
         if candidate and _free(candidate):
@@ -60,8 +60,8 @@ def _free(number: int) -> bool:
 
 def _state() -> dict[str, Any]:
     try:
-        return json.loads(STATE.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(STATE.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

@@ -7,17 +7,17 @@ because `solo` does not import Prefect.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from solo import line, runs
+from solo import closing, line, runs
 from solo.artifact import LedgerError
+from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
 
 app = typer.Typer(
@@ -40,15 +40,20 @@ COLOURS = {"reuse": "green", "run": "yellow", "unknown": "cyan"}
 def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: Json = False) -> None:
     """Say which artifacts a run would make or reuse, and which field or input is the reason."""
     settings = Settings.from_env()
+    _check_parts(force=force)
     planned = line.plan(line.select(line.nodes(recipe, settings.specs), until), settings, force or ())
     if as_json:
         typer.echo(json.dumps(runs.plan_json(recipe, planned)))
         return
-    table = Table("part", "name", "action", "because", box=None, header_style="bold")
-    for p in planned:
-        table.add_row(p.part, p.name, f"[{COLOURS[p.action]}]{p.action}[/]", p.because.replace("[", r"\["))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("part", "name", "action"):
+        table.add_column(name, no_wrap=True, overflow="fold")
+    table.add_column("because", ratio=1)
+    for before, p in zip([None, *planned], planned, strict=False):
+        part = "" if before and before.part == p.part else p.part
+        table.add_row(part, p.name, f"[{COLOURS[p.action]}]{p.action}[/]", Text(p.because))
     out.print(table)
-    out.print(runs.plan_sentence(planned))
+    out.print(runs.plan_sentence(planned), soft_wrap=True)
 
 
 @app.command()
@@ -57,12 +62,14 @@ def run(
 ) -> None:
     """Run a recipe here, without a worker: the same tracked flow as `prefect deployment run solo/full-recipe`."""
     settings = Settings.from_env()
-    line.select(line.nodes(recipe, settings.specs), until)
+    _check_parts(only=only, force=force)
+    nodes = line.select(line.nodes(recipe, settings.specs), max(only, key=PARTS.index) if only else until)
     arguments = [f"recipe={recipe}", f"until={until}"]
     arguments += [f"only={','.join(only)}"] if only else []
     arguments += [f"force={','.join(force)}"] if force else []
-    _module("flows.server", "server")
-    code = _module("flows.recipe", *arguments)
+    code = follow(_module("run", *arguments), CHECKOUT, [n.id for n in nodes])
+    if code == STOPPED:
+        typer.echo(f"stopped; `solo run {recipe}` goes on from here", err=True)
     if code:
         raise typer.Exit(code)
     report(recipe, as_json=as_json)
@@ -71,46 +78,65 @@ def run(
 @app.command()
 def report(recipe: Recipe, as_json: Json = False) -> None:
     """Print the closing table, the scores and the links of a recipe's last run."""
-    from solo.report import closing_rows, summarise
+    from solo.report import closing_rows, in_order, summarise
 
     settings = Settings.from_env()
     record, manifests = runs.read(settings.root, recipe)
     summary = summarise(manifests)
     if as_json:
-        typer.echo(json.dumps(summary | {"states": record["states"], "links": record["links"]}))
+        # The name is the record's, because a run up to an earlier part has no report that bears it.
+        typer.echo(json.dumps(summary | {"recipe": recipe, "states": record["states"], "links": record["links"]}))
         return
     rows = closing_rows(manifests, record["states"])
-    table = Table(box=None, header_style="bold", title=f"recipe {recipe}", title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("part", "name", "state", "dropped") else "right")
-    for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-    out.print(table)
-    out.print(f"ledger closes: {'yes' if summary['closes'] else 'NO, see the report'}")
+    rows = [row | {"dropped": m.counts["dropped"]} for row, m in zip(rows, in_order(manifests), strict=True)]
+    _say(f"recipe {recipe}", "bold")
+    heading, *lines = closing.table(rows, out.width)
+    _say(heading, "bold")
+    for text, row in zip(lines, rows, strict=True):
+        _say(text, "green" if row["state"] == "ran" else "")
+    if lost := closing.dropped(rows, out.width):
+        _say("\ndropped, by reason", "bold")
+        for text in lost:
+            _say(text)
+    failed = sum(not check["ok"] for check in summary["checks"])
+    verdict = f"NO, {failed} of {len(summary['checks'])} equations fail; see the report" if failed else "yes"
+    _say(f"\nledger closes: {verdict}", "red" if failed else "")
     for score in summary["scores"]:
-        out.print(
-            f"{score['benchmark']}: score {score['score']:.3f}, chance {score['chance']:.3f}, blind {score['blind']:.3f}"
-        )
+        _say("{benchmark}: score {score:.3f}, chance {chance:.3f}, blind {blind:.3f}".format(**score))
+    _say("")
+    width = max(map(len, record["links"]), default=0)
     for name, link in record["links"].items():
-        out.print(f"{name:<22} {link}", soft_wrap=True)
+        _say(f"{name:<{width}}  {link}")
 
 
 @app.command()
 def up() -> None:
     """Start this checkout's Prefect server, its worker and the deployments (loopback only)."""
-    raise typer.Exit(_module("flows.server", "worker"))
+    raise typer.Exit(follow(_module("worker"), CHECKOUT))
 
 
 @app.command()
 def down() -> None:
     """Stop what `solo up` started, by pid."""
-    raise typer.Exit(_module("flows.server", "down"))
+    raise typer.Exit(follow(_module("down"), CHECKOUT))
 
 
-def _module(name: str, *arguments: str) -> int:
-    """Run a module of flows/ in a process of its own; standard output goes to standard error, ours stays for JSON."""
-    command = [sys.executable, "-m", name, *arguments]
-    return subprocess.run(command, cwd=CHECKOUT, env=os.environ, stdout=sys.stderr, check=False).returncode
+def _module(*arguments: str) -> list[str]:
+    """The command of flows/server.py, which holds all that knows Prefect."""
+    return [sys.executable, "-m", "flows.server", *arguments]
+
+
+def _check_parts(**options: list[str] | None) -> None:
+    """Refuse a misspelt part before anything starts."""
+    for option, given in options.items():
+        for part in given or ():
+            if part not in PARTS:
+                raise ValueError(f"{option} is {part!r}; choose one of {', '.join(PARTS)}")
+
+
+def _say(text: str, style: str = "") -> None:
+    """One line as it is: no markup, no wrapping."""
+    out.print(Text(text, style=style), soft_wrap=True)
 
 
 def main() -> Any:  # noqa: ANN401 - typer's own return

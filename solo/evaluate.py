@@ -162,10 +162,12 @@ class _Judge:
 
     def __init__(self, benchmark: BenchmarkSpec, tokens: Tokens, trained: Artifact) -> None:
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from solo.model import SoloForCausalLM
         from solo.tokens import Tokenizer
 
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: SoloForCausalLM = SoloForCausalLM.from_pretrained(trained.path / "checkpoint").eval()  # type: ignore
         self.model = model.to(device)  # type: ignore[arg-type]

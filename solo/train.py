@@ -162,7 +162,7 @@ class Watch:
         self.log.touch()
         # The log is written by the ranks themselves, so it has also the steps that a killed supervisor never copied.
         lines = self.log.read_bytes().splitlines()
-        rows = {row["step"]: row for line in lines if "step" in (row := _parse(line)) and row["step"] <= first_step}
+        rows = {row["step"]: row for line in lines if "loss" in (row := _parse(line)) and row["step"] <= first_step}
         write_atomic(self.metrics, b"".join(canonical(rows[step]) + b"\n" for step in sorted(rows)))
         self.offset = self.log.stat().st_size
 
@@ -176,7 +176,7 @@ class Watch:
         self.offset += len(whole) + 1
         for line in whole.split(b"\n"):
             row = _parse(line)
-            if "step" in row:
+            if "loss" in row:  # an event may name a step too
                 with self.metrics.open("ab") as out:
                     out.write(canonical(row) + b"\n")
                 if not quiet:

@@ -1,8 +1,19 @@
-"""Fixtures shared by the tests: a data root, and environment variables that keep a test from the user's settings."""
+"""Fixtures shared by the tests: a data root, a Prefect server, and no settings of the user's."""
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from solo.line import CHECKOUT
+
+# Processes cost seconds to start and change no byte (test_recipe and test_train see to that with two).
+ONE = {"SOLO_RANKS": "1", "SOLO_WORKERS": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +25,62 @@ def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
+
+
+def clean_env(home: Path) -> dict[str, str]:
+    """The environment of a user who set nothing but where Prefect's state lies."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "SOLO_"))}
+    return env | {"SOLO_PREFECT_HOME": str(home)}
+
+
+def settings_of(home: Path) -> dict[str, str]:
+    """The settings a server's start wrote for the `prefect` command."""
+    lines = (home / ".env").read_text().splitlines()
+    return dict(entry.split("=", 1) for entry in lines if not entry.startswith("#"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment of a Prefect server that lives as long as the tests."""
+    home = tmp_path_factory.mktemp("prefect")
+    env = clean_env(home)
+    subprocess.run([sys.executable, "-m", "flows.server", "server"], cwd=CHECKOUT, env=env, check=True)
+    yield env | settings_of(home)
+    subprocess.run([sys.executable, "-m", "flows.server", "down"], cwd=CHECKOUT, env=env, check=True)
+
+
+class Driver:
+    """A process that has imported Prefect and makes flow runs one after the other: 5 s less for each of them."""
+
+    def __init__(self, env: dict[str, str], log: Path) -> None:
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("flow_runs.py"))],
+            cwd=CHECKOUT,
+            env=env | {"PYTHONPATH": str(CHECKOUT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("wb"),
+            text=True,
+        )
+
+    def run(self, base: Path, *, extra: dict[str, str] | None = None, **parameters: Any) -> dict[str, Any]:
+        """Final state and message of one run of the toy recipe under a test's folder."""
+        assert self.process.stdin and self.process.stdout
+        env = {"SOLO_ROOT": str(base / "root"), "SOLO_SPECS": str(base / "specs")} | ONE | (extra or {})
+        asked = {"env": env, "parameters": parameters}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, self.log.read_text()[-3000:]
+        return dict(json.loads(answer))
+
+
+@pytest.fixture(scope="session")
+def driver(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """Where flow runs are made that need no process of their own."""
+    started = Driver(server, tmp_path_factory.mktemp("driver") / "log")
+    yield started
+    assert started.process.stdin
+    started.process.stdin.close()
+    started.process.wait(30)

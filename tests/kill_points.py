@@ -102,7 +102,9 @@ def main() -> None:
         wrong = [node for node in truth if now.get(node) != truth[node]]
         if wrong or left:
             failures.append({"part": part, "at_s": round(at, 2), "wrong": wrong, "left": left})
-        sys.stdout.write(f"{i + 1:3d} {part:<9} +{at:6.2f} s unfinished={unfinished} {'FAIL' if wrong or left else 'ok'}\n")
+        sys.stdout.write(
+            f"{i + 1:3d} {part:<9} +{at:6.2f} s unfinished={unfinished} {'FAIL' if wrong or left else 'ok'}\n"
+        )
         sys.stdout.flush()
     print(json.dumps({"kills": asked.kills, "inside_a_part": inside, "failures": failures}))
     sys.exit(1 if failures else 0)
