@@ -45,6 +45,8 @@ def kill_once(root: Path, recipe: str, part: str, seconds: float) -> tuple[float
     mine = [root / node / fp for node, fp in record["artifacts"].items() if node.startswith(part + "/")]
     for path in mine:
         shutil.rmtree(path)
+    if part == "filter":
+        shutil.rmtree(root / "signals", ignore_errors=True)  # else there is nothing left to measure
     child = subprocess.Popen(
         [*COMMAND, f"recipe={recipe}"],
         cwd=CHECKOUT,
