@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -107,6 +108,14 @@ def report(recipe: Recipe, as_json: Json = False) -> None:
     width = max(map(len, record["links"]), default=0)
     for name, link in record["links"].items():
         _say(f"{name:<{width}}  {link}")
+
+
+@app.command()
+def revision(path: Annotated[Path, typer.Argument(help="A file or a folder of source data.", exists=True)]) -> None:
+    """Print the pin of a source's data as it is now, to be put into its spec."""
+    from solo.acquire import content_sha256
+
+    typer.echo(f"revision: sha256:{content_sha256(path)}")
 
 
 @app.command()

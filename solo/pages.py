@@ -7,6 +7,7 @@ so opening a page fetches nothing. Cost: about a second per part of the sample r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,9 @@ def _overview(artifacts: Sequence[Artifact]) -> Iterator[str]:
         closes = "Every count closes" if recipe.stats.get("closes") else "**The counts do not close**"
         yield f"{closes}: {recipe.stats.get('n_checks', 0):,} equations checked."
     yield markdown_table(list(_funnel(artifacts)))
+    if fell := list(_reasons(artifacts)):
+        yield "## Why the others fell"
+        yield markdown_table(fell)
     stages = [a.manifest for a in artifacts if a.manifest.part == "train"]
     if stages:
         shares = {m.name: {s: v["n_tokens"] for s, v in m.stats.get("sources", {}).items()} for m in stages}
@@ -107,6 +111,18 @@ def _funnel(artifacts: Sequence[Artifact]) -> Iterator[Row]:
         top = max(known.values(), default=0)
         for name, n in known.items():
             yield {"unit": unit, "": name, "count": n, BAR: bar(n / max(top, 1), width=24)}
+
+
+def _reasons(artifacts: Sequence[Artifact], most: int = 12) -> Iterator[Row]:
+    """Samples dropped on the way into the shards, by part and reason, the largest first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for m in (a.manifest for a in artifacts if a.manifest.part in ("acquire", "filter", "shard")):
+        counts.update({(m.part, reason): n for reason, n in m.counts["dropped"].items() if n})
+    ranked = counts.most_common()
+    for (part, reason), n in ranked[:most]:
+        yield {"part": part, "reason": reason, "samples": n}
+    if rest := sum(n for _, n in ranked[most:]):
+        yield {"part": "", "reason": f"{len(ranked) - most} more reasons", "samples": rest}
 
 
 def _stage_row(name: str, stats: Mapping[str, Any]) -> Row:
