@@ -58,7 +58,8 @@ def grid(width: int, height: int, *, patch_px: int, max_side_px: int) -> tuple[i
 def image_size(data: bytes, *, path: Decode = "exact") -> tuple[int, int]:
     """(width, height) as displayed, from the header alone."""
     if path == "fast":
-        return _fast().image_size(data)
+        size: tuple[int, int] = _fast().image_size(data)
+        return size
     image = _open(data)
     width, height = image.size
     return (height, width) if _orientation(image) in SWAPS_SIDES else (width, height)
@@ -84,7 +85,8 @@ def patchify(
     `out`, where given, is filled and returned: a pack's patches need no second copy.
     """
     if path == "fast":
-        return _fast().cut(data, patch_px=patch_px, max_side_px=max_side_px, out=out)
+        cut: np.ndarray = _fast().cut(data, patch_px=patch_px, max_side_px=max_side_px, out=out)
+        return cut
     image = open_rgb(data)
     rows, cols = grid(*image.size, patch_px=patch_px, max_side_px=max_side_px)
     # Pillow's bilinear widens its support when it shrinks: what torchvision's Resize does to a PIL image.
