@@ -171,20 +171,31 @@ def _close(waiting: Waiting, ends: memoryview, run: tuple[int, int], gap: int) -
 
 
 def _last_packs(documents: list[int], lengths: memoryview, capacity: int) -> list[list[int]]:
-    """Packs of documents after which none comes: in stream order, or longest first where that saves a pack."""
-    packs = _by_subset_sums(documents, lengths, capacity)
-    if len(packs) > -(-sum(lengths[i] for i in documents) // capacity):
-        longest_first = sorted(documents, key=lambda i: (-lengths[i], i))
-        packs = min(packs, _by_subset_sums(longest_first, lengths, capacity), key=len)
+    """Packs of documents after which none comes; the one that is not full is as empty as can be found."""
+
+    def cost(packs: list[list[int]]) -> tuple[int, int]:
+        return len(packs), min(sum(lengths[i] for i in pack) for pack in packs)
+
+    total = sum(lengths[i] for i in documents)
+    packs = _by_subset_sums(documents, lengths, capacity, longest_first=False)
+    n_whole, rest = divmod(total - 1, capacity)
+    if cost(packs) > (n_whole + 1, rest + 1):
+        packs = min(packs, _by_subset_sums(documents, lengths, capacity, longest_first=True), key=cost)
     return packs
 
 
-def _by_subset_sums(documents: list[int], lengths: memoryview, capacity: int) -> list[list[int]]:
-    """Each pack is the first document left and those of the others that fill it best, early ones before late ones."""
+def _by_subset_sums(
+    documents: list[int], lengths: memoryview, capacity: int, *, longest_first: bool
+) -> list[list[int]]:
+    """Each pack is one document left and those of the others that fill it best, early ones before late ones.
+
+    The one is the first or the longest: the longest are the hardest to place once few others are left.
+    """
     packs = []
     while documents:
-        gap = capacity - lengths[documents[0]]
-        others = documents[1:]
+        start = max(documents, key=lambda i: (lengths[i], -i)) if longest_first else documents[0]
+        gap = capacity - lengths[start]
+        others = [i for i in documents if i != start]
         within = (2 << gap) - 1
         sums = [1]  # sums[k]: bit n where some of the first k others have n tokens together
         for document in others:
@@ -197,7 +208,7 @@ def _by_subset_sums(documents: list[int], lengths: memoryview, capacity: int) ->
             if not sums[k - 1] >> total & 1:
                 taken.append(others[k - 1])
                 total -= lengths[others[k - 1]]
-        packs.append([documents[0], *reversed(taken)])
+        packs.append([start, *reversed(taken)])
         used = set(packs[-1])
-        documents = [i for i in documents if i not in used]
+        documents = [i for i in others if i not in used]
     return packs

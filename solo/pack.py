@@ -173,7 +173,7 @@ def balance_steps(packs: np.ndarray, costs: np.ndarray, batch_packs: int) -> tup
             continue
         before, after = (balance.imbalance(costs[p], batch_packs, ranks) for p in (packs, ordered))
         one = {"arrival": before, "ordered": after}
-        found[f"{ranks}_ranks"] = {k: {"mean": round(v.mean(), 4), "max": round(v.max(), 4)} for k, v in one.items()}
+        found[f"{ranks}_ranks"] = {k: {"mean": _round(v.mean()), "max": _round(v.max())} for k, v in one.items()}
     return ordered, found
 
 
@@ -196,10 +196,14 @@ def fills(packs: pa.Table, pack_tokens: int) -> dict[str, Any]:
     whole = [group.sum() - group.min() for group in groups if len(group) > 1]
     n_whole = sum(len(group) - 1 for group in groups)
     return {
-        "fill": round(n_tokens.sum() / (len(n_tokens) * pack_tokens), 6),
-        "fill_without_last": round(sum(whole) / (n_whole * pack_tokens), 6) if n_whole else None,
-        "fill_limit": round(n_tokens.sum() / (n_least * pack_tokens), 6),
+        "fill": _round(n_tokens.sum() / (len(n_tokens) * pack_tokens)),
+        "fill_without_last": _round(sum(whole) / (n_whole * pack_tokens)) if n_whole else None,
+        "fill_limit": _round(n_tokens.sum() / (n_least * pack_tokens)),
     }
+
+
+def _round(share: float) -> float:
+    return round(float(share), 6)
 
 
 def losses(pieces: Pieces, left_out: np.ndarray) -> dict[str, Sums]:

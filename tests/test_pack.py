@@ -180,7 +180,7 @@ def test_other_long_documents_are_dropped_and_counted(root: Path, member: dict) 
 
 
 @pytest.mark.parametrize("by", ["source", "mix"])
-@pytest.mark.parametrize("batch", [1, 13])
+@pytest.mark.parametrize("batch", [1, 11])
 def test_every_token_is_planned_or_counted(root: Path, by: str, batch: int) -> None:
     members = mixed()
     made = run(root, members, by=by, batch=batch)
