@@ -3,8 +3,9 @@
 In: a plan, its shards, the tokens of the recipe. Out: how much was examined and the largest differences found.
 Invariants, or `ProofError`: (1) documents lie where the plan says, positions restart at 0 in each, the target of a
 token is the next token of its own document; (2) after every token and patch of a document has changed, no bit of any
-logit of another document or of the padding has; (3) the loss of a token in the pack is its loss in its document alone,
-within TOLERANCE. (2) and (3) are run on the trainer's own attention code by a small random SOLO model.
+logit of another document or of the padding has, and the rule that a GPU compiles lets no pair across; (3) the loss of a
+token in the pack is its loss in its document alone, within TOLERANCE. (2) and (3) are run on a CPU by a small random
+SOLO model, through the attention code of the trainer.
 Cost: bounded, about a second a mix beyond loading torch: N_PACKS packs, N_TOKENS tokens of each.
 
 Torch comes with the model, inside `prove`: importing this module costs nothing.
@@ -83,6 +84,7 @@ def prove(plan: Path, shards: dict[str, Path], tokens: Tokens, *, pack_tokens: i
             pack = loader.load(number)
             check_layout(pack, [row["n_tokens"] for row in loader.rows(number)])
             part = excerpt(pack, start=_hash(f"slot:{number}:{seed}") % len(pack.segments))
+            check_rule(part)
             found["n_changes"] += check_isolation(model, part)
             worst = max(worst, check_losses(model, part))
             found["n_packs"] += 1
@@ -157,13 +159,16 @@ def _select(pack: Pack, kept: list[int], segments: list[tuple[str, str, int, int
     targets = pack.targets[at]
     for _, _, _, last in segments:
         targets[last - 1] = -100
+    # Numbered anew, so that documents left out leave no gap; what shared a number shares one still.
+    numbers = torch.unique(pack.document_ids[at], return_inverse=True)[1].to(pack.document_ids.dtype)
+    numbers -= int((pack.document_ids[at] < 0).any())
     shows = pack.patch_index[at]
     patches = pack.patches[shows[shows >= 0]]
     return replace(
         pack,
         input_ids=pack.input_ids[at] % N_IDS,
         position_ids=pack.position_ids[at],
-        document_ids=pack.document_ids[at],
+        document_ids=numbers,
         patches=patches,
         patch_index=torch.where(shows >= 0, (shows >= 0).cumsum(0) - 1, -1),
         targets=torch.where(targets >= 0, targets % N_IDS, targets),
@@ -180,10 +185,7 @@ def check_isolation(model: SoloForCausalLM, pack: Pack) -> int:
     """
     import torch
 
-    at = torch.arange(len(pack.input_ids))
-    owner = torch.full_like(at, len(pack.segments))  # what no document owns is padding
-    for i, (_, _, first, last) in enumerate(pack.segments):
-        owner[first:last] = i
+    at, owner = torch.arange(len(pack.input_ids)), owners(pack)
     before = model.logits(pack, at)
     n_changes = 0
     for digit in range(len(pack.segments).bit_length()):
@@ -198,6 +200,34 @@ def check_isolation(model: SoloForCausalLM, pack: Pack) -> int:
                 raise ProofError(_moved(pack, int(moved.nonzero()[0, 0]), (after - before)[moved].abs().max().item()))
             assert (after != before).any(1)[changes].any(), f"pack {pack.index}: the change changed nothing"
     return n_changes
+
+
+def check_rule(pack: Pack) -> None:
+    """The rule that flex_attention compiles for a GPU, pair by pair: a token sees its own document or only itself."""
+    import torch
+
+    from solo.attention import build_mask
+
+    owner = owners(pack)
+    seen = build_mask(pack.document_ids, MODEL.sliding_window)
+    assert isinstance(seen, torch.Tensor), "a mask made on a CPU is a tensor"
+    across = seen & (owner[:, None] != owner[None, :])
+    if across.any():
+        q, k = across.nonzero()[0].tolist()
+        raise ProofError(
+            f"pack {pack.index}: token {q} of the part examined sees token {k}, which is not of its document; "
+            f"the attention mask leaks, do not train with it"
+        )
+
+
+def owners(pack: Pack) -> Tensor:
+    """(n,) the segment that each token is of; what no segment has is padding, one number more."""
+    import torch
+
+    owner = torch.full((len(pack.input_ids),), len(pack.segments))
+    for i, (_, _, first, last) in enumerate(pack.segments):
+        owner[first:last] = i
+    return owner
 
 
 def _moved(pack: Pack, at: int, by: float) -> str:
@@ -244,7 +274,7 @@ def alone_of(pack: Pack) -> Iterator[Pack]:
 
     for source, key, first, last in pack.segments:
         part = _select(pack, list(range(first, last)), [(source, key, 0, last - first)])
-        yield replace(part, position_ids=torch.arange(last - first), document_ids=torch.zeros_like(part.document_ids))
+        yield replace(part, position_ids=torch.arange(last - first), document_ids=part.document_ids * 0)
 
 
 @contextmanager

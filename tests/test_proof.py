@@ -18,7 +18,7 @@ from PIL import Image
 from test_tokens import TOKENIZER, TOKENS
 from torch import Tensor
 
-from solo import artifact, curate, model, pack, proof
+from solo import artifact, attention, curate, model, pack, proof
 from solo.artifact import Artifact, Job, Result
 from solo.attention import build_mask
 from solo.loader import Pack, Piece, assemble, read_piece
@@ -26,6 +26,7 @@ from solo.proof import ProofError
 from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
 
 PACK_TOKENS = 64
+MASK = "lay_out" if hasattr(model, "lay_out") else "build_mask"  # what the model asks who sees whom
 Mask = Callable[[Tensor, int | None], Tensor]
 
 
@@ -150,7 +151,7 @@ def leak(q: int, k: int) -> Mask:
 def test_a_broken_mask_stops_the_pack_part(
     root: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "build_mask", all_causal)
+    monkeypatch.setattr(model, MASK, all_causal)
     with pytest.raises(
         ProofError, match=r"pack \d+: c\S+-\w+ is not alone: a logit moved by .* the attention mask leaks"
     ):
@@ -174,7 +175,7 @@ def test_a_broken_mask_stops_the_pack_part(
 def test_one_leaking_pair_is_found(
     small: model.SoloForCausalLM, monkeypatch: pytest.MonkeyPatch, mask: Mask, culprit: str
 ) -> None:
-    monkeypatch.setattr(model, "build_mask", mask)
+    monkeypatch.setattr(model, MASK, mask)
     with pytest.raises(ProofError, match=f"pack 7: {culprit} is not alone"):
         examine(small, packed([5, 9, 1, 20, 7], padding=11, patches=2))
 
@@ -192,8 +193,16 @@ def test_packs_pass_and_with_any_one_leak_they_fail(
         st.tuples(st.integers(0, n - 1), st.integers(0, n - 1)).filter(lambda p: owner[p[0]] != owner[p[1]])
     )
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ProofError, match="is not alone"):
-        patch.setattr(model, "build_mask", leak(q, k))
+        patch.setattr(model, MASK, leak(q, k))
         proof.check_isolation(small, proof.excerpt(pack, start=0))
+
+
+def test_a_rule_that_a_gpu_would_compile_is_looked_at_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = packed([5, 9, 1], padding=3)
+    proof.check_rule(pack)
+    monkeypatch.setattr(attention, "build_mask", leak(5, 4))
+    with pytest.raises(ProofError, match="pack 7: token 5 of the part examined sees token 4"):
+        proof.check_rule(pack)
 
 
 def test_packed_losses_that_are_not_those_alone_are_found(small: model.SoloForCausalLM) -> None:
