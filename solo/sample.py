@@ -162,21 +162,31 @@ def read_sample(path: Path, offset: int, length: int) -> Sample:
 
 
 def _members(tar: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of each member, as `_member` writes them; four times as fast as tarfile, and stricter."""
+    """(name, bytes) of each member, as `_member` writes them; many times as fast as tarfile, and stricter."""
     while header := tar.read(BLOCK_BYTES):
         if not any(header):
             return  # the zero blocks that end a tar
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-        except (tarfile.HeaderError, ValueError) as error:
-            raise ValueError(f"tar header is damaged ({error}); make the tar again") from None
-        if info.type not in {tarfile.REGTYPE, tarfile.AREGTYPE} or info.size < 0:
-            raise ValueError(f"tar member {info.name!r} is no regular file (type {info.type!r}); make the tar again")
-        padded = info.size + -info.size % BLOCK_BYTES
+        name, size = _header(header)
+        padded = size + -size % BLOCK_BYTES
         data = tar.read(padded)
         if len(data) != padded:
-            raise ValueError(f"tar member {info.name!r} ends {padded - len(data)} bytes early; make the tar again")
-        yield info.name, data[: info.size]
+            raise ValueError(f"tar member {name!r} ends {padded - len(data)} bytes early; make the tar again")
+        yield name, data[:size]
+
+
+def _header(header: bytes) -> tuple[str, int]:
+    """Name and size of a regular file in the one form `_member` writes: ustar, no prefix, octal numbers."""
+    try:
+        name = header[:100].rstrip(b"\0").decode()
+        size, checksum = int(header[124:135], 8), int(header[148:154], 8)
+    except ValueError:
+        raise ValueError("tar header is damaged or of another form; make the tar again") from None
+    form = header[154:156] == b"\0 " and header[257:263] == b"ustar\0" and size >= 0
+    if not form or sum(header) - sum(header[148:156]) + 8 * 32 != checksum:  # the checksum counts itself as spaces
+        raise ValueError("tar header is damaged or of another form; make the tar again")
+    if header[156:157] != tarfile.REGTYPE:
+        raise ValueError(f"tar member {name!r} is no regular file (type {header[156:157]!r}); make the tar again")
+    return name, size
 
 
 def _sample(record: dict[str, Any], images: list[bytes]) -> Sample:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from solo import decode
 from solo.patches import ImageError, image_size, patchify
 
 PX = {"patch_px": 32, "max_side_px": 256}
+ImageFile.MAXBLOCK = 1 << 22  # Pillow guesses too small a buffer for progressive noise
 SAMPLE = Path(__file__).parents[1] / "datasets_spec" / "sample"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
@@ -55,7 +56,7 @@ sides = st.integers(1, 400)
 @given(
     st.tuples(sides, sides),
     st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
-    st.integers(1, 100),
+    st.integers(1, 95),
     st.booleans(),
     st.sampled_from(["RGB", "L"]),
     st.integers(0, 9),

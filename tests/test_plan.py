@@ -46,9 +46,7 @@ def trained(packs_loader, first, last, world_size, workers):
     """(step, key) of what the ranks of a run train in steps [first, last), each rank as far as it gets."""
     each, seen = BATCH // world_size, []
     for rank in range(world_size):
-        packs = packs_loader.iterate(
-            first, batch_packs=BATCH, rank=rank, world_size=world_size, workers=workers
-        )
+        packs = packs_loader.iterate(first, batch_packs=BATCH, rank=rank, world_size=world_size, workers=workers)
         for step in range(first, last):
             seen += [(step, key) for _ in range(each) for _, key, _, _ in next(packs).segments]
         packs.close()
