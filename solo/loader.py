@@ -244,7 +244,7 @@ class PackLoader:
         try:
             for i in order:
                 ahead.append(pool.submit(self.load, i))
-                if len(ahead) > 2 * workers:  # a full pack of patches is 100 MB: bounded, not endless
+                if len(ahead) > workers + 1:  # a pack of patches is up to 100 MB: no more than keeps all at work
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

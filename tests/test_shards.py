@@ -172,3 +172,40 @@ def test_many_threads_share_one_cache(tmp_path):
         list(pool.map(work, range(8)))
     assert not wrong
     assert cache.n_bytes == sum(p.stat().st_size for p in tmp_path.iterdir()) <= 2_000
+
+
+@pytest.mark.optional
+def test_packs_from_an_s3_store(made, tmp_path, monkeypatch):  # noqa: F811
+    """moto's server on the loopback; needs s3fs and moto[server,s3]."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        store = fsspec.filesystem("s3", skip_instance_cache=True)
+        store.mkdir("bucket")
+        folder, _, packs = made
+        for path in folder.rglob("shards/*"):
+            store.pipe_file(f"bucket/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        places = {s: f"s3://bucket/{s}" for s in ("web", "chat")}
+        shards = Shards(places, cache=tmp_path / "cache", cache_bytes=20_000)
+        remote_loader = PackLoader(folder / "plan", shards, TOKENS, PACK_TOKENS)
+        local = PackLoader(folder / "plan", {s: folder / s for s in ("web", "chat")}, TOKENS, PACK_TOKENS)
+        for _ in range(2):
+            got = list(remote_loader.iterate(0, batch_packs=3, workers=4))
+            assert all(same(local.load(i), pack) for i, pack in enumerate(got)) and len(got) == len(local)
+        assert 0 < sum(p.stat().st_size for p in (tmp_path / "cache").iterdir()) <= 20_000
+        row = packs[2][0]
+        store.rm(f"bucket/{row['source']}/shards/{row['shard']:05d}.tar")
+        store.invalidate_cache()
+        with pytest.raises(DamagedSampleError, match=rf"^{row['key']}: .*FileNotFoundError"):
+            PackLoader(folder / "plan", places, TOKENS, PACK_TOKENS).load(2)
+    finally:
+        server.stop()
