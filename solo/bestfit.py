@@ -5,7 +5,8 @@ A pack is the document that has waited longest, then documents in stream order w
 fit from a window of documents set aside: the longest that fits, or two that together leave no gap. Stream order in the
 bulk keeps long and short documents mixed, as sorting by length does not. Invariants: a pack depends only on the
 stream before it, so appending documents leaves the first `n_stable` packs as they are; a document set aside waits at
-most `window` packs. Cost: a few microseconds a pack, memory beyond input and output of order `window` + capacity bits.
+most `window` packs, the last `window` documents aside. Those last, or all of a short stream, are packed by exact subset
+sums. Cost: a few microseconds a pack, memory beyond input and output of order `window` * capacity bits.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ class Waiting:
         assert removed == document
         return document
 
+    def rest(self) -> list[int]:
+        """All that wait, oldest first."""
+        return [document for document in self.by_age if document not in self.gone]
+
     def exact(self, gap: int) -> tuple[int, ...] | None:
         """Lengths of one or two waiting documents that close the gap to the token, or None."""
         if self.present >> gap & 1:
@@ -122,6 +127,12 @@ def pack(lengths: np.ndarray, capacity: int, *, window: int = WINDOW) -> Packs:
         while waiting.n < window and head < n_documents:
             waiting.add(head)
             head += 1
+        if head == n_documents:
+            for last in _last_packs(waiting.rest(), waiting.lengths, capacity):
+                order[placed : placed + len(last)] = last
+                placed += len(last)
+                first.append(placed)
+            break
         start = waiting.oldest()
         gap = capacity - waiting.lengths[start]
         stop = bisect_right(ends, ends[head] + gap, head, min(head + gap, n_documents) + 1) - 1
@@ -157,3 +168,47 @@ def _close(waiting: Waiting, ends: memoryview, run: tuple[int, int], gap: int) -
         if left and (lengths := waiting.exact(left)):
             return stop, closing + [waiting.take(n) for n in lengths]
     return stop, closing
+
+
+def _last_packs(documents: list[int], lengths: memoryview, capacity: int) -> list[list[int]]:
+    """Packs of documents after which none comes; the one that is not full is as empty as can be found."""
+
+    def cost(packs: list[list[int]]) -> tuple[int, int]:
+        return len(packs), min(sum(lengths[i] for i in pack) for pack in packs)
+
+    total = sum(lengths[i] for i in documents)
+    packs = _by_subset_sums(documents, lengths, capacity, longest_first=False)
+    n_whole, rest = divmod(total - 1, capacity)
+    if cost(packs) > (n_whole + 1, rest + 1):
+        packs = min(packs, _by_subset_sums(documents, lengths, capacity, longest_first=True), key=cost)
+    return packs
+
+
+def _by_subset_sums(
+    documents: list[int], lengths: memoryview, capacity: int, *, longest_first: bool
+) -> list[list[int]]:
+    """Each pack is one document left and those of the others that fill it best, early ones before late ones.
+
+    The one is the first or the longest: the longest are the hardest to place once few others are left.
+    """
+    packs = []
+    while documents:
+        start = max(documents, key=lambda i: (lengths[i], -i)) if longest_first else documents[0]
+        gap = capacity - lengths[start]
+        others = [i for i in documents if i != start]
+        within = (2 << gap) - 1
+        sums = [1]  # sums[k]: bit n where some of the first k others have n tokens together
+        for document in others:
+            if sums[-1] >> gap & 1:
+                break
+            sums.append((sums[-1] | sums[-1] << lengths[document]) & within)
+        total = sums[-1].bit_length() - 1
+        taken = []
+        for k in range(len(sums) - 1, 0, -1):
+            if not sums[k - 1] >> total & 1:
+                taken.append(others[k - 1])
+                total -= lengths[others[k - 1]]
+        packs.append([start, *reversed(taken)])
+        used = set(packs[-1])
+        documents = [i for i in others if i not in used]
+    return packs

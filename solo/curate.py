@@ -12,7 +12,6 @@ its amount by less than one sample, never over.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from solo import predicate
 from solo.artifact import Artifact, Job, Result, write_atomic
 from solo.spec import MixSource, MixSpec, SpecError
 
@@ -87,11 +87,6 @@ SELECT key, source, shard, "offset", length, template, n_images, n_patches, n_te
 FROM ranked
 WHERE $whole + IF(cumulative <= $rest, 1, 0) > 0
 ORDER BY key, shard, "offset"
-"""
-
-# Functions that give another answer at another time (random, now); a mix with one would not be reproducible.
-UNSTABLE = """
-SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT' ORDER BY 1
 """
 
 
@@ -188,13 +183,19 @@ def draw_source(con: duckdb.DuckDBPyConnection, mix: MixSpec, source: MixSource,
     if not any(folder.glob("*.parquet")):
         raise SpecError(empty(where, source.source))
     files = str(folder / "*.parquet")
-    check_predicates(con, source, files, f"{where}.where")
+    if NOT_DRAWN in source.where:
+        raise SpecError(
+            f"{where}.where.{NOT_DRAWN}: {NOT_DRAWN} is the reason of samples beyond the amount; rename the predicate"
+        )
+    ledger_rows = con.sql(LEDGER, params={"files": files})
+    predicate.check(con, ledger_rows, source.where, f"{where}.where")
     whens = "".join(f"\n    WHEN ({p}\n    ) IS NOT TRUE THEN {literal(name)}" for name, p in source.where.items())
     judged_sql = JUDGED.format(reason=f"CASE{whens}\n  END" if whens else "CAST(NULL AS VARCHAR)")
     try:
         counts = con.execute(judged_sql + COUNT, {"files": files}).fetchall()
     except duckdb.Error:
-        check_predicates(con, source, files, f"{where}.where", every_row=True)
+        if culprit := predicate.failing(ledger_rows, source.where):
+            raise SpecError(f"{where}.where.{culprit}") from None
         raise
     judged = {reason: (int(n), int(n_tokens)) for reason, n, n_tokens in counts}
     if not judged:
@@ -241,47 +242,6 @@ def amount(mix: MixSpec, source: MixSource, n_samples: int, n_tokens: int) -> Dr
             asked = most
     passes, left = divmod(asked, n_tokens)
     return Draw(int(passes), int(left), False, short_tokens, why)
-
-
-def check_predicates(
-    con: duckdb.DuckDBPyConnection, source: MixSource, files: str, where: str, *, every_row: bool = False
-) -> None:
-    """Each predicate alone: one stable boolean expression over this source's ledger, and with `every_row` run on it."""
-    unstable = {name for (name,) in con.execute(UNSTABLE).fetchall()}
-    for name, predicate in source.where.items():
-        field = f"{where}.{name}"
-        if name == NOT_DRAWN:
-            raise SpecError(f"{field}: {NOT_DRAWN} is the reason of samples beyond the amount; rename the predicate")
-        try:
-            (tree,) = con.execute("SELECT json_serialize_sql($sql)", {"sql": f"SELECT {predicate}"}).fetchall()[0]
-            ledger = con.sql(LEDGER, params={"files": files})
-            if found := unfit(json.loads(tree), unstable - set(ledger.columns)):
-                raise SpecError(f"{field}: {found} is not a fixed function of one sample; use its columns only")
-            expression = duckdb.SQLExpression(predicate)
-            ledger.filter(expression)  # as a WHERE clause it may hold no aggregate
-            keep = ledger.select(expression)
-            if str(keep.types[0]) != "BOOLEAN":
-                raise SpecError(f"{field}: {predicate!r} is {keep.types[0]}, not BOOLEAN; write a comparison")
-            if every_row:
-                keep.fetchall()
-        except duckdb.Error as error:
-            message = " ".join(str(error).split("\n\nLINE ")[0].split())
-            raise SpecError(f"{field}: {message}") from None
-
-
-def unfit(tree: Any, unstable: set[str]) -> str | None:  # noqa: ANN401 - any JSON value
-    """The first subquery, window or unstable function in DuckDB's parse tree of a predicate."""
-    if isinstance(tree, list):
-        return next((found for branch in tree if (found := unfit(branch, unstable))), None)
-    if not isinstance(tree, dict):
-        return None
-    if tree.get("class") in ("SUBQUERY", "WINDOW"):
-        return f"a {tree['class'].lower()}"
-    # current_date parses as a column
-    for name in (tree.get("function_name", ""), *tree.get("column_names", [])):
-        if name.lower() in unstable:
-            return f"{name}()"
-    return unfit(list(tree.values()), unstable)
 
 
 def literal(value: object) -> str:

@@ -124,9 +124,10 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
             {"mix": mix.model_dump(mode="json")},
             [f"shard/{s.source}" for s in mix.sources],
         )
-    for stage in recipe.stages:
+    for stage, mix in zip(recipe.stages, mixes, strict=True):
         pack = {key: getattr(stage, key) for key in ("pack_tokens", "pack_by", "batch_packs")}
-        add("pack", stage.mix, pack | {"seed": recipe.seed}, [f"curate/{stage.mix}"])
+        shards = [f"shard/{s.source}" for s in mix.sources]  # read by the proof that documents of a pack are apart
+        add("pack", mix.name, pack | {"seed": recipe.seed, "tokens": tokens}, [f"curate/{mix.name}", *shards])
     before: list[str] = []
     for stage, mix in zip(recipe.stages, mixes, strict=True):
         train = {"stage": stage.model_dump(mode="json"), "model": recipe.model.model_dump(mode="json")}

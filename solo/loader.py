@@ -1,36 +1,43 @@
 """Loader: a pack plan and shards to tensors, any pack at once.
 
-In: `plan.parquet` and `packs.parquet` of a mix, the shard folders of its sources. Out: `Pack`s. Invariants:
-pack i is a pure function of the plan; optimizer step s is packs [s * batch_packs, (s + 1) * batch_packs) for
-every world size, so a loader's whole state is one integer; counts that differ from the plan's are an error that
-names the key. Cost: per document one seek and read, one tokenisation and its decodes; the plan's row groups are
-read when needed and cached.
+In: the plan of a mix, the shards of its sources. Out: `Pack`s. Invariants: pack i is a pure function of the plan;
+optimizer step s is packs [s * batch_packs, (s + 1) * batch_packs) for every world size, so a loader's whole state is
+one integer; counts that differ from the plan's are an error that names the key; a document that cannot be read names
+key and place and stops the run, or is left out and counted up to a number the recipe allows. Cost: per document one
+read, one tokenisation and its decodes, written straight to the pack's patches.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from solo.patches import grid, image_size, patchify
-from solo.sample import Sample, read_sample
-from solo.spec import Template, Tokens
+from solo.patches import ImageError, grid, image_size, patchify
+from solo.plan import Plan
+from solo.sample import Sample, parse_sample
+from solo.shards import Shards
+from solo.spec import Decode, Template, Tokens
 from solo.tokens import EOS, Tokenizer, tokenize
+
+log = logging.getLogger(__name__)
 
 NO_TARGET = -100
 PADDING = -1  # as document id
-ROW_GROUPS_KEPT = 4
+
+
+class DamagedSampleError(ValueError):
+    """A document's bytes are not what was sharded; the message names key, shard and offset."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +79,12 @@ class Pack:
     patch_index: Tensor  # (n,) int64, -1 or a row of `patches`
     targets: Tensor  # (n,) int64: the id to predict AT this position (already shifted), -100 = none
     segments: list[tuple[str, str, int, int]]  # (source, key, first, last): tokens first <= i < last are its own
+    left_out: tuple[tuple[str, str], ...] = ()  # (source, key) of planned documents that were damaged
 
     @property
     def n_tokens(self) -> int:
-        """Tokens without padding."""
-        return self.segments[-1][3]
+        """Tokens without padding; 0 where every document was damaged."""
+        return self.segments[-1][3] if self.segments else 0
 
     @property
     def n_loss_tokens(self) -> int:
@@ -89,19 +97,33 @@ class Pack:
         return [(source, key, n_before[a], n_before[b]) for source, key, a, b in self.segments]
 
 
-def read_piece(
-    sample: Sample, tokenizer: Tokenizer, template: Template, *, begin: int = 0, end: int | None = None
+def read_piece(  # noqa: PLR0913, the last two only say where and how
+    sample: Sample,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    decode: Decode = "exact",
+    out: np.ndarray | None = None,
 ) -> Piece:
-    """A sample's tokens [begin, end) with its patches; a range that cuts a document with images is an error."""
+    """A sample's tokens [begin, end) with its patches; a range that cuts a document with images is an error.
+
+    The patches are written to `out` where it has just their number of rows.
+    """
     px = {"patch_px": tokenizer.tokens.patch_px, "max_side_px": tokenizer.tokens.max_side_px}
-    grids = [grid(*image_size(data), **px) for data in sample.images]
+    grids = [grid(*image_size(data, path=decode), **px) for data in sample.images]
     document = tokenize(sample, grids, tokenizer, template)
     n = len(document.ids)
     end = n if end is None else end
     if not 0 <= begin < end <= n or (grids and end - begin != n):
         raise ValueError(f"{sample.key}: cannot cut {begin}:{end} from {n} tokens with {len(grids)} images; pack again")
-    cut = [patchify(data, **px) for data in sample.images]
-    patches = np.concatenate(cut) if cut else np.empty((0, 3 * px["patch_px"] ** 2), np.uint8)
+    if out is None or len(out) != document.n_patches:
+        out = np.empty((document.n_patches, 3 * px["patch_px"] ** 2), np.uint8)
+    at = 0
+    for data, (rows, cols) in zip(sample.images, grids, strict=True):
+        patchify(data, **px, path=decode, out=out[at : at + rows * cols])
+        at += rows * cols
     is_target = document.is_target[begin:end].copy()
     is_target[0] = False
     return Piece(
@@ -110,12 +132,12 @@ def read_piece(
         document.ids[begin:end],
         is_target,
         document.patch_index[begin:end],
-        patches,
+        out,
     )
 
 
-def assemble(pieces: Sequence[Piece], *, index: int, pack_tokens: int) -> Pack:
-    """Pieces end to end in one pack, padded to `pack_tokens`."""
+def assemble(pieces: Sequence[Piece], *, index: int, pack_tokens: int, patches: np.ndarray | None = None) -> Pack:
+    """Pieces end to end in one pack, padded to `pack_tokens`; `patches`: all of theirs, where they lie together."""
     assert pieces, f"pack {index} is empty"
     lengths = np.array([len(p.ids) for p in pieces], np.int64)
     ends = np.cumsum(lengths)
@@ -137,7 +159,8 @@ def assemble(pieces: Sequence[Piece], *, index: int, pack_tokens: int) -> Pack:
     n_before = np.cumsum([0] + [len(p.patches) for p in pieces[:-1]])
     local = np.concatenate([p.patch_index for p in pieces])
     patch_index[:total] = np.where(local >= 0, local + np.repeat(n_before, lengths), -1)
-    patches = np.concatenate([p.patches for p in pieces])
+    if patches is None:
+        patches = np.concatenate([p.patches for p in pieces])
     segments = [(p.source, p.key, int(b - n), int(b)) for p, n, b in zip(pieces, lengths, ends, strict=True)]
     return Pack(
         index=index,
@@ -154,41 +177,51 @@ def assemble(pieces: Sequence[Piece], *, index: int, pack_tokens: int) -> Pack:
 class PackLoader:
     """Packs of one plan by number; threads may share one."""
 
-    def __init__(self, plan_dir: Path, shard_dirs: dict[str, Path], tokens: Tokens, pack_tokens: int) -> None:
-        """`shard_dirs`: source -> its shard artifact, the folder that holds `shards/00000.tar`."""
-        self.shard_dirs, self.pack_tokens = shard_dirs, pack_tokens
+    def __init__(
+        self,
+        plan_dir: Path,
+        shard_dirs: Mapping[str, Path | str] | Shards,
+        tokens: Tokens,
+        pack_tokens: int,
+        *,
+        decode: Decode = "exact",
+        max_damaged: int = 0,
+    ) -> None:
+        """`shard_dirs`: source -> its shard artifact, a folder or fsspec URL that holds `shards/00000.tar`.
+
+        `max_damaged`: how many damaged documents this loader leaves out before one more is an error.
+        """
+        self.shards = shard_dirs if isinstance(shard_dirs, Shards) else Shards(shard_dirs)
+        self.pack_tokens, self.decode, self.max_damaged = pack_tokens, decode, max_damaged
         self.tokenizer = Tokenizer(tokens)
-        packs = pq.read_table(plan_dir / "packs.parquet", columns=["pack", "first_row", "n_rows"])
-        self._first_row, self._n_rows = (packs[name].to_numpy() for name in ("first_row", "n_rows"))
-        assert np.array_equal(packs["pack"].to_numpy(), np.arange(len(packs))), f"{plan_dir}: packs are not 0..n-1"
-        self._plan = pq.ParquetFile(plan_dir / "plan.parquet", memory_map=True)
-        meta = self._plan.metadata
-        sizes = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
-        self._group_ends = np.cumsum(sizes, dtype=np.int64)
-        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+        self.plan = Plan(plan_dir)
+        self.n_left_out = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Number of packs."""
-        return len(self._first_row)
+        return len(self.plan)
 
     def rows(self, i: int) -> list[dict[str, Any]]:
         """The plan's rows of pack i."""
-        first, left = int(self._first_row[i]), int(self._n_rows[i])
-        found: list[dict[str, Any]] = []
-        group = int(np.searchsorted(self._group_ends, first, side="right"))
-        while left:
-            table = self._row_group(group)
-            offset = first - (int(self._group_ends[group]) - len(table))
-            part = table.slice(offset, left).to_pylist()
-            found += part
-            first, left, group = first + len(part), left - len(part), group + 1
-        assert {row["pack"] for row in found} <= {i}, f"pack {i}: first_row {self._first_row[i]} is not its own"
-        return found
+        return self.plan.rows(i)
 
     def load(self, i: int) -> Pack:
         """Pack i, whatever was loaded before."""
-        return assemble([self._piece(row) for row in self.rows(i)], index=i, pack_tokens=self.pack_tokens)
+        rows = self.rows(i)
+        ends = np.cumsum([row["n_patches"] for row in rows]).tolist()
+        patches = np.empty((ends[-1], 3 * self.tokenizer.tokens.patch_px**2), np.uint8)
+        pieces, left_out = [], []
+        for row, end in zip(rows, ends, strict=True):
+            try:
+                pieces.append(self._piece(row, patches[end - row["n_patches"] : end]))
+            except DamagedSampleError as error:
+                self._leave_out(error)
+                left_out.append((row["source"], row["key"]))
+        if not left_out:
+            return assemble(pieces, index=i, pack_tokens=self.pack_tokens, patches=patches)
+        pack = assemble(pieces, index=i, pack_tokens=self.pack_tokens) if pieces else self._padding(i)
+        return replace(pack, left_out=tuple(left_out))
 
     def iterate(
         self, first_step: int, *, batch_packs: int, rank: int = 0, world_size: int = 1, workers: int = 0
@@ -211,40 +244,71 @@ class PackLoader:
         try:
             for i in order:
                 ahead.append(pool.submit(self.load, i))
-                if len(ahead) > 2 * workers:  # a full pack of patches is 100 MB: bounded, not endless
+                if len(ahead) > workers + 1:  # a pack of patches is up to 100 MB: no more than keeps all at work
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _row_group(self, group: int) -> pa.Table:
-        with self._lock:
-            if group not in self._groups:
-                self._groups[group] = self._plan.read_row_group(group)
-                while len(self._groups) > ROW_GROUPS_KEPT:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end(group)
-            return self._groups[group]
-
-    def _piece(self, row: dict[str, Any]) -> Piece:
-        key, source = row["key"], row["source"]
-        path = self.shard_dirs[source] / "shards" / f"{row['shard']:05d}.tar"
+    def _piece(self, row: dict[str, Any], out: np.ndarray) -> Piece:
+        key, data = row["key"], None
         try:
-            sample = read_sample(path, row["offset"], row["length"])
+            data = self.shards.read(row["source"], row["shard"], row["offset"], row["length"])
+            sample = parse_sample(data)
         except Exception as error:
-            raise ValueError(
-                f"{key}: no sample at {path.name}[{row['offset']}:+{row['length']}] of {source}: "
-                f"{type(error).__name__}: {error}; make the shards again"
-            ) from error
+            raise self._damaged(row, f"{type(error).__name__}: {error}") from error
         if sample.key != key:
-            raise ValueError(f"{key}: {source} {path.name}@{row['offset']} holds {sample.key}; pack again")
-        piece = read_piece(sample, self.tokenizer, row["template"], begin=row["begin"], end=row["end"])
+            raise ValueError(
+                f"{key}: {row['source']} {row['shard']:05d}.tar@{row['offset']} holds {sample.key}; pack again"
+            )
+        try:
+            piece = read_piece(
+                sample,
+                self.tokenizer,
+                row["template"],
+                begin=row["begin"],
+                end=row["end"],
+                decode=self.decode,
+                out=out,
+            )
+        except Exception as error:  # a flipped letter may raise anything
+            self._check_bytes(row, data)
+            if isinstance(error, ImageError):
+                raise self._damaged(row, str(error)) from error
+            raise
         got = (len(piece.ids), len(piece.patches), piece.n_loss_tokens)
         planned = (row["n_tokens"], row["n_patches"], row["n_loss_tokens"])
         if got != planned:
+            self._check_bytes(row, data)
             raise ValueError(
                 f"{key}: (tokens, patches, loss tokens) are {got}, the plan says {planned}; "
                 "the tokenizer or the image code changed, shard again"
             )
         return piece
+
+    def _check_bytes(self, row: dict[str, Any], data: bytes) -> None:
+        """What does not fit the plan is damage where the ledger's SHA-256 says so, else the code changed."""
+        found = self.shards.ledger_sha256(row["source"], row["shard"], row["key"])
+        digest = hashlib.sha256(data).hexdigest()
+        if found is not None and digest != found:
+            raise self._damaged(row, f"sha256 is {digest[:8]}..., the ledger says {found[:8]}...")
+
+    def _damaged(self, row: dict[str, Any], why: str) -> DamagedSampleError:
+        place = f"{row['shard']:05d}.tar[{row['offset']}:+{row['length']}] of {row['source']}"
+        return DamagedSampleError(f"{row['key']}: no sample at {place}: {why}; make the shards again")
+
+    def _leave_out(self, error: DamagedSampleError) -> None:
+        with self._lock:
+            self.n_left_out += 1
+            n = self.n_left_out
+        if n > self.max_damaged:
+            raise DamagedSampleError(f"{error} (damaged document {n}, max_damaged is {self.max_damaged})") from error
+        log.warning("left out, %d of at most %d: %s", n, self.max_damaged, error)
+
+    def _padding(self, i: int) -> Pack:
+        """Pack i where nothing of it can be read."""
+        nothing = np.zeros(0, np.int32)
+        width = 3 * self.tokenizer.tokens.patch_px**2
+        empty = Piece("", "", nothing, nothing.astype(bool), nothing, np.empty((0, width), np.uint8))
+        return replace(assemble([empty], index=i, pack_tokens=self.pack_tokens), segments=[])

@@ -1,10 +1,11 @@
 """Pack: which documents share a training sequence, and in which order the sequences are trained.
 
-In: a mix lock. Out: `plan.parquet` (one row per document in a pack, sorted by pack and slot) and `packs.parquet` (one
-row per pack). Invariants: no pack holds more than `pack_tokens`; a document is whole unless it is plain text longer
-than a pack; order comes from hashes of keys and the seed, so pack i is the same on any machine and world size; lock
-tokens = planned tokens + dropped tokens, by source, checked on the files written. Cost: one sort of the exposures in
-DuckDB and a few microseconds a pack.
+In: a mix lock, the shards it draws from. Out: `plan.parquet` and `packs.parquet` (solo/pack_plan.py). Invariants: no
+pack holds more than `pack_tokens`; a document is whole unless it is plain text longer than a pack; order comes from
+hashes of keys and the seed, inside a step from the packs' lengths, so pack i is the same on any machine and world size;
+lock tokens = planned tokens + dropped tokens, by source, checked on the files written; documents of a pack cannot see
+each other, proven on some of its packs (solo/proof.py). Cost: one sort of the exposures in DuckDB, a few microseconds
+a pack, and about five seconds for the proof, most of it loading torch.
 
 Loss tokens: a document's first token is never a target. A piece cut from inside a document has no predictor for its
 first token either, so each cut (`split_boundaries`) takes one target away: that is the whole difference to the lock.
@@ -13,7 +14,7 @@ first token either, so each cut (`split_boundaries`) takes one target away: that
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +24,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import bestfit
+from solo import balance, bestfit, proof
 from solo.artifact import Job, LedgerError, Result
-from solo.spec import SpecError
+from solo.pack_plan import COUNTED, PACKS, PLAN, Pieces, Planned, write_packs, write_plan
+from solo.spec import SpecError, Tokens
 
-VERSION = 1
+__all__ = ["PACKS", "PLAN", "VERSION", "run"]
+
+VERSION = 2  # 2: packs of a step ordered for equal attention; an incomplete batch drops the emptiest packs
 
 OVER_LONG = "over_long"
 INCOMPLETE_BATCH = "incomplete_batch"
 BOUNDARIES = "split_boundaries"
-ROW_GROUP = 65_536
-MIX = "mix"
-
-PLAN = pa.schema(
-    [
-        ("pack", pa.int32()),
-        ("slot", pa.int32()),
-        ("key", pa.string()),
-        ("exposure", pa.int32()),
-        ("source", pa.string()),
-        ("shard", pa.int32()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-        ("template", pa.string()),
-        ("begin", pa.int32()),
-        ("end", pa.int32()),
-        ("n_tokens", pa.int32()),
-        ("n_patches", pa.int32()),
-        ("n_loss_tokens", pa.int32()),
-    ]
-)
-PACKS = pa.schema(
-    [
-        ("pack", pa.int32()),
-        ("first_row", pa.int64()),
-        ("n_rows", pa.int32()),
-        ("n_tokens", pa.int32()),
-        ("n_patches", pa.int32()),
-        ("n_loss_tokens", pa.int32()),
-        ("source", pa.string()),
-    ]
-)
-COUNTED = ("n_tokens", "n_patches", "n_loss_tokens")
 
 EXPOSURES = """
 SELECT key, CAST(exposure AS INTEGER) AS exposure, source, shard, "offset", length, template,
@@ -93,44 +64,18 @@ ORDER BY source
 Sums = dict[str, dict[str, int]]  # source -> column -> sum
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What is put into packs: whole documents and the pieces of long ones, in stream order.
-
-    n_exposures: every sample of the lock counted once per repeat.
-    """
-
-    exposures: pa.Table  # n_exposures rows
-    sources: list[str]
-    source_of: np.ndarray  # (n_exposures,) index into `sources`
-    totals: dict[str, np.ndarray]  # column -> (n_exposures,) int64
-    n_pieces: np.ndarray  # (n_exposures,) 1 = whole, 0 = dropped as over-long
-    row: np.ndarray  # (n_pieces,) the exposure it comes from
-    begin: np.ndarray  # (n_pieces,) its first token in the document
-    end: np.ndarray
-    counts: dict[str, np.ndarray]  # column -> (n_pieces,) int64
-
-    @property
-    def source(self) -> np.ndarray:
-        """Index into `sources` of each piece."""
-        return np.take(self.source_of, self.row)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """Pieces of the packs that are trained, pack after pack."""
-
-    piece: np.ndarray  # (n_rows,)
-    pack: np.ndarray  # (n_rows,) 0, 0, ..., 1, 1, ...
-
-    @property
-    def first(self) -> np.ndarray:
-        """Row at which each pack begins."""
-        return np.flatnonzero(np.diff(self.pack, prepend=-1))
-
-
 def run(job: Job) -> Result:
-    """Write plan.parquet and packs.parquet for one mix."""
+    """Write plan.parquet and packs.parquet for one mix; prove on some of its packs that no document sees another."""
+    made = make_plan(job)
+    tokens = Tokens.model_validate(job.spec["tokens"])
+    shards = {source: artifact.path for source, artifact in job.of("shard").items()}
+    found = proof.prove(job.out, shards, tokens, pack_tokens=job.spec["pack_tokens"], seed=job.spec["seed"])
+    job.progress(f"pack/{job.name}: {found['n_documents']} documents of {found['n_packs']} packs proven apart")
+    return replace(made, stats=made.stats | {"proof": found})
+
+
+def make_plan(job: Job) -> Result:
+    """The plan alone."""
     pack_tokens, batch_packs = job.spec["pack_tokens"], job.spec["batch_packs"]
     by_source = job.spec["pack_by"] == "source"
     lock = job.one("curate").path / "lock.parquet"
@@ -138,22 +83,27 @@ def run(job: Job) -> Result:
     params = {"lock": str(lock), "by_source": by_source, "seed": str(job.spec["seed"])}
     pieces = cut(con.sql(EXPOSURES, params=params).to_arrow_table().combine_chunks(), pack_tokens)
     order, first = assign(pieces, pack_tokens, by_source=by_source)
-    ranks = arrange(pieces, order[first[:-1]], job.spec["seed"])
-    job.progress(f"pack/{job.name}: {len(pieces.row)} documents and pieces in {len(ranks)} packs")
-    n_packs = len(ranks) - len(ranks) % batch_packs
-    if not n_packs:
+    packs = arrange(pieces, order[first[:-1]], job.spec["seed"])
+    job.progress(f"pack/{job.name}: {len(pieces.row)} documents and pieces in {len(packs)} packs")
+    if len(packs) < batch_packs:
         raise SpecError(
-            f"pack/{job.name}: have {len(ranks)} packs of {pack_tokens} tokens, batch_packs needs {batch_packs} "
+            f"pack/{job.name}: have {len(packs)} packs of {pack_tokens} tokens, batch_packs needs {batch_packs} "
             f"({(pieces.n_pieces == 0).sum()} of {len(pieces.n_pieces)} documents are longer than a pack); "
             f"raise budget_tokens or epochs in mixes/{job.name}.yaml, or lower batch_packs"
         )
-    plan = members(order, first, ranks[:n_packs])
+    n_tokens = pieces.counts["n_tokens"][order]
+    packs, left_out = whole_batches(packs, np.add.reduceat(n_tokens, first[:-1]), batch_packs)
+    costs = np.add.reduceat(n_tokens**2, first[:-1])
+    packs, balanced = balance_steps(packs, costs, batch_packs)
+    plan = members(order, first, packs)
     write_plan(job.out, pieces, plan)
     write_packs(job.out, pieces, plan, by_source=by_source)
-    lost = losses(pieces, members(order, first, ranks[n_packs:]).piece)
+    lost = losses(pieces, members(order, first, left_out).piece)
     sources = check_sums(f"pack/{job.name}", con, lock, job.out / "plan.parquet", lost)
     con.close()
-    return result(pieces, plan, lost, sources, pack_tokens)
+    made = result(pieces, plan, lost, sources, pack_tokens)
+    filled = fills(pq.read_table(job.out / "packs.parquet", columns=["n_tokens", "source"]), pack_tokens)
+    return replace(made, stats=made.stats | filled | {"attention_imbalance": balanced})
 
 
 def cut(exposures: pa.Table, pack_tokens: int) -> Pieces:
@@ -202,6 +152,31 @@ def arrange(pieces: Pieces, leaders: np.ndarray, seed: int) -> np.ndarray:
     return np.array(sorted(range(len(names)), key=lambda i: (digests[i], i)), dtype=np.int64)
 
 
+def whole_batches(packs: np.ndarray, n_tokens: np.ndarray, batch_packs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packs in whole batches, and those that are too many: the emptiest, so that the fewest tokens are dropped.
+
+    They are the ends of sources, mostly; under `loss_average: pack` a nearly empty pack weighs as much as a full one.
+    """
+    by_fill = np.lexsort((-np.arange(len(packs)), n_tokens[packs]))  # among equals the last goes first
+    is_out = np.zeros(len(packs), dtype=bool)
+    is_out[by_fill[: len(packs) % batch_packs]] = True
+    return packs[~is_out], packs[is_out]
+
+
+def balance_steps(packs: np.ndarray, costs: np.ndarray, batch_packs: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """The same packs in each step in an order that balances ranks, and dearest / mean rank in both orders."""
+    steps = packs.reshape(-1, batch_packs)
+    ordered = np.concatenate([step[balance.order(costs[step])] for step in steps])
+    found: dict[str, Any] = {}
+    for ranks in balance.WORLD_SIZES[1:]:
+        if batch_packs % ranks:
+            continue
+        before, after = (balance.imbalance(costs[p], batch_packs, ranks) for p in (packs, ordered))
+        one = {"arrival": before, "ordered": after}
+        found[f"{ranks}_ranks"] = {k: {"mean": _round(v.mean()), "max": _round(v.max())} for k, v in one.items()}
+    return ordered, found
+
+
 def members(order: np.ndarray, first: np.ndarray, packs: np.ndarray) -> Planned:
     """Pieces of the given packs, pack after pack, with the packs numbered anew."""
     sizes = np.diff(first)[packs]
@@ -210,34 +185,25 @@ def members(order: np.ndarray, first: np.ndarray, packs: np.ndarray) -> Planned:
     return Planned(order[first[packs][number] + slot], number)
 
 
-def write_plan(out: Path, pieces: Pieces, plan: Planned) -> None:
-    """One row per planned piece; row groups are cut by row number alone."""
-    slot = np.arange(len(plan.pack)) - plan.first[plan.pack]
-    aside = out / "plan.parquet.tmp"
-    with pq.ParquetWriter(aside, PLAN, compression="zstd") as writer:
-        for low in range(0, len(slot), ROW_GROUP):
-            part = slice(low, low + ROW_GROUP)
-            piece = plan.piece[part]
-            rows = pieces.exposures.take(pa.array(pieces.row[piece]))
-            columns = {name: rows[name] for name in PLAN.names if name in rows.column_names}
-            columns |= {"pack": plan.pack[part], "slot": slot[part]}
-            columns |= {"begin": pieces.begin[piece], "end": pieces.end[piece]}
-            columns |= {name: pieces.counts[name][piece] for name in COUNTED}
-            table = pa.table({name: columns[name] for name in PLAN.names}).cast(PLAN)
-            writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)
-    aside.replace(out / "plan.parquet")
+def fills(packs: pa.Table, pack_tokens: int) -> dict[str, Any]:
+    """Share of the packs that is tokens: of all, without the emptiest of each source, and what no packing can exceed.
+
+    A source ends in the middle of a pack, and another source may not fill it where a pack holds one.
+    """
+    n_tokens, sources = packs["n_tokens"].to_numpy().astype(np.int64), np.array(packs["source"].to_pylist())
+    groups = [n_tokens[sources == source] for source in np.unique(sources)]
+    n_least = sum(-(-group.sum() // pack_tokens) for group in groups)
+    whole = [group.sum() - group.min() for group in groups if len(group) > 1]
+    n_whole = sum(len(group) - 1 for group in groups)
+    return {
+        "fill": _round(n_tokens.sum() / (len(n_tokens) * pack_tokens)),
+        "fill_without_last": _round(sum(whole) / (n_whole * pack_tokens)) if n_whole else None,
+        "fill_limit": _round(n_tokens.sum() / (n_least * pack_tokens)),
+    }
 
 
-def write_packs(out: Path, pieces: Pieces, plan: Planned, *, by_source: bool) -> None:
-    """One row per pack: its rows in the plan, its sums and its source."""
-    first = plan.first
-    sources = [pieces.sources[i] if by_source else MIX for i in pieces.source[plan.piece[first]]]
-    columns = {"pack": np.arange(len(first)), "first_row": first, "n_rows": np.diff(first, append=len(plan.pack))}
-    columns |= {name: np.add.reduceat(pieces.counts[name][plan.piece], first) for name in COUNTED}
-    table = pa.table(columns | {"source": pa.array(sources)}).cast(PACKS)
-    aside = out / "packs.parquet.tmp"
-    pq.write_table(table, aside, compression="zstd", row_group_size=ROW_GROUP)
-    aside.replace(out / "packs.parquet")
+def _round(share: float) -> float:
+    return round(float(share), 6)
 
 
 def losses(pieces: Pieces, left_out: np.ndarray) -> dict[str, Sums]:
@@ -295,7 +261,6 @@ def result(pieces: Pieces, plan: Planned, lost: dict[str, Sums], sums: Sums, pac
     stats: dict[str, Any] = {
         "n_packs": n_packs,
         "pack_tokens": pack_tokens,
-        "fill": round(totals["n_tokens"] / (n_packs * pack_tokens), 6),
         "n_documents": int(kept.sum()),
         **totals,
         "n_text_tokens": totals["n_tokens"] - totals["n_patches"],

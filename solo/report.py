@@ -121,7 +121,7 @@ def _curate(m: Manifest, inputs: Sequence[Manifest]) -> Iterator[tuple[str, Any,
 
 
 def _pack(m: Manifest, inputs: Sequence[Manifest]) -> Iterator[tuple[str, Any, Any]]:
-    for i in inputs:
+    for i in (i for i in inputs if i.part == "curate"):
         yield f"{m.id}: in = exposures of {i.id}", m.counts["in"], i.stats["n_exposures"]
         lost, unpredicted = m.stats.get("dropped_tokens", {}), m.stats.get("split_boundaries", 0)
         placed = m.stats["n_tokens"] + sum(lost.values())

@@ -25,6 +25,7 @@ from pydantic import (
 PINNED = re.compile(r"sha256:[0-9a-f]{64}|[0-9a-f]{40}")
 
 Template = Literal["plain", "inst"]
+Decode = Literal["exact", "fast"]
 
 
 class SpecError(ValueError):
@@ -179,6 +180,8 @@ class Stage(Spec):
     loss_average: Literal["pack", "token"]
     precision: Literal["fp32", "bf16"]
     checkpoint_every_steps: int = Field(gt=0)
+    decode: Decode = Field(default="exact", description="exact: Pillow alone, as upstream; fast: solo/decode.py")
+    max_damaged: int = Field(default=0, ge=0, description="unreadable documents a rank leaves out; one more stops it")
 
 
 class RecipeSpec(Spec):

@@ -71,7 +71,8 @@ def test_appending_moves_no_stable_pack(case: tuple[int, list[int]], window: int
 @given(cases, st.integers(1, 20))
 def test_no_document_waits_longer_than_the_window(case: tuple[int, list[int]], window: int) -> None:
     capacity, lengths = case
-    made = packs(lengths, capacity, window)
+    n_stable = bestfit.pack(np.array(lengths, dtype=np.int64), capacity, window=window).n_stable
+    made = packs(lengths, capacity, window)[:n_stable]
     reached = -1  # the last document of the stream that has been placed
     seen_by = {}  # first pack after which a later document was placed
     for number, pack in enumerate(made):
@@ -79,6 +80,29 @@ def test_no_document_waits_longer_than_the_window(case: tuple[int, list[int]], w
             seen_by[i] = number
         reached = max(reached, *pack)
         assert all(number - seen_by[i] <= window for i in pack)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases)
+def test_a_stream_the_window_holds_is_packed_at_least_as_well_as_first_fit(case: tuple[int, list[int]]) -> None:
+    capacity, lengths = case
+    space: list[int] = []
+    for n in lengths:
+        at = next((i for i, left in enumerate(space) if left >= n), None)
+        if at is None:
+            space.append(capacity - n)
+        else:
+            space[at] -= n
+    assert len(packs(lengths, capacity)) <= max(len(space), 1) or not lengths
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_short_stream_takes_no_pack_more_than_its_tokens_need(seed: int) -> None:
+    """Charts of the sample: seven or eight documents a pack, no two of which close a gap."""
+    lengths = np.random.default_rng(seed).integers(103, 176, 120)
+    sums = [int(lengths[p].sum()) for p in packs(lengths.tolist(), 1_024)]
+    assert len(sums) == -(-lengths.sum() // 1_024)
+    assert sorted(sums)[1] >= 0.98 * 1_024
 
 
 def test_most_packs_are_stable_and_window_bounds_the_rest() -> None:

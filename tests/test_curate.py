@@ -255,7 +255,7 @@ def test_the_sql_kept_runs_alone_and_gives_the_lock(root: Path) -> None:
     [
         ("widht_px > 3", 'Referenced column "widht_px" not found'),
         ("n_tokens >", "syntax error"),
-        ("n_tokens", "is INTEGER, not BOOLEAN"),
+        ("n_tokens", "is INTEGER, not one BOOLEAN"),
         ("CAST(key AS INTEGER) > 0", "Conversion Error"),
         ("max(n_tokens) > 3", "aggregate"),
         ("random() < 0.5", "random() is not a fixed function"),

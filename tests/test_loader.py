@@ -1,5 +1,9 @@
+import hashlib
 import io
+import shutil
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +13,7 @@ import torch
 from PIL import Image
 from test_tokens import TOKENIZER, TOKENS
 
-from solo.loader import NO_TARGET, PackLoader, assemble, read_piece
+from solo.loader import NO_TARGET, DamagedSampleError, PackLoader, assemble, read_piece
 from solo.patches import patchify
 from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
 
@@ -73,7 +77,18 @@ def write_shards(folder, samples):
                     offset = tar.tell()
                     places.append((sample, shard, offset, write_sample(tar, sample), template))
                 end_tar(tar)
+            ledger = [
+                {"key": s.key, "sha256": hashlib.sha256(tar_bytes(tar.name, offset, length)).hexdigest()}
+                for s, n, offset, length, _ in places
+                if n == shard and s.source == source
+            ]
+            schema = pa.schema([("key", pa.string()), ("sha256", pa.string())])
+            pq.write_table(pa.Table.from_pylist(ledger, schema), folder / source / "shards" / f"{shard:05d}.parquet")
     return sorted(places, key=lambda place: place[0].key)
+
+
+def tar_bytes(path, offset, length):
+    return Path(path).read_bytes()[offset : offset + length]
 
 
 def write_plan(folder, packs, *, rows_per_group=5):
@@ -108,8 +123,8 @@ def made(tmp_path_factory):
     return folder, places, packs
 
 
-def loader(folder, plan="plan"):
-    return PackLoader(folder / plan, {s: folder / s for s in ("web", "chat")}, TOKENS, PACK_TOKENS)
+def loader(folder, plan="plan", **options):
+    return PackLoader(folder / plan, {s: folder / s for s in ("web", "chat")}, TOKENS, PACK_TOKENS, **options)
 
 
 def same(a, b):
@@ -219,8 +234,9 @@ def test_a_count_that_differs_from_the_plan_names_the_key(made, column):
     wrong = [dict(row) for row in packs[0]]
     wrong[-1][column] += 1
     write_plan(folder / f"wrong-{column}", [wrong])
-    with pytest.raises(ValueError, match=rf"{wrong[-1]['key']}: .* the plan says"):
-        loader(folder, f"wrong-{column}").load(0)
+    for max_damaged in (0, 9):  # code that changed is no damage: it is never left out
+        with pytest.raises(ValueError, match=rf"{wrong[-1]['key']}: .* the plan says"):
+            loader(folder, f"wrong-{column}", max_damaged=max_damaged).load(0)
 
 
 def test_a_wrong_place_names_the_key(made):
@@ -269,3 +285,67 @@ def test_an_extended_piece_is_the_longer_prompt():
     assert longer.ids.tolist() == [*prompt.ids.tolist(), 8, 9]
     assert longer.is_target[n:].tolist() == [False, False] and longer.patch_index[n:].tolist() == [-1, -1]
     assert len(prompt.ids) == n and prompt.extended([]).ids.tolist() == prompt.ids.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_fast_path_gives_the_same_packs_within_two_levels(made, workers):
+    exact = list(loader(made[0]).iterate(0, batch_packs=3))
+    fast = list(loader(made[0], decode="fast").iterate(0, batch_packs=3, workers=workers))
+    assert all(same(replace(a, patches=b.patches), b) for a, b in zip(exact, fast, strict=True))
+    differences = [(a.patches.int() - b.patches.int()).abs() for a, b in zip(exact, fast, strict=True)]
+    assert max(int(d.max()) for d in differences if len(d)) <= 2
+    again = list(loader(made[0], decode="fast").iterate(0, batch_packs=3))
+    assert all(same(a, b) for a, b in zip(fast, again, strict=True))
+
+
+def damaged(made, tmp_path, at, value=None):
+    """A copy of the shards in which byte `at` of the first document of pack 2 is wrong; its plan row."""
+    folder, _, packs = made
+    shutil.copytree(folder, tmp_path / "copy")
+    row = packs[2][0]
+    path = tmp_path / "copy" / row["source"] / "shards" / f"{row['shard']:05d}.tar"
+    data = bytearray(path.read_bytes())
+    where = row["offset"] + at(row) if callable(at) else row["offset"] + at
+    data[where] = data[where] ^ 0x41 if value is None else value
+    path.write_bytes(data)
+    return tmp_path / "copy", row
+
+
+def in_the_text(row):
+    """Offset of a letter of the JSON, so that it parses and says something else."""
+    return 512 + 60
+
+
+@pytest.mark.parametrize("at", [0, 100, 130, 512, in_the_text])
+def test_a_damaged_document_names_key_and_place_and_stops(made, tmp_path, at):
+    folder, row = damaged(made, tmp_path, at)
+    place = rf"{row['shard']:05d}\.tar\[{row['offset']}:\+{row['length']}\] of {row['source']}"
+    with pytest.raises(DamagedSampleError, match=rf"^{row['key']}: no sample at {place}"):
+        list(loader(folder).iterate(0, batch_packs=3, workers=2))
+
+
+def test_damaged_documents_are_left_out_and_counted_when_the_recipe_allows(made, tmp_path):
+    folder, row = damaged(made, tmp_path, 0)
+    whole = list(loader(made[0]).iterate(0, batch_packs=3))
+    tolerant = loader(folder, max_damaged=1)
+    packs = list(tolerant.iterate(0, batch_packs=3, workers=2))
+    assert tolerant.n_left_out == 1 and [p.left_out for p in packs if p.left_out] == [((row["source"], row["key"]),)]
+    assert all(same(a, b) for a, b in zip(whole, packs, strict=True) if b.index != 2)
+    kept = [key for _, key, _, _ in packs[2].segments]
+    assert kept == [key for _, key, _, _ in whole[2].segments if key != row["key"]]
+    assert packs[2].n_tokens == whole[2].n_tokens - row["n_tokens"]
+    assert len(packs[2].patches) == len(whole[2].patches) - row["n_patches"]
+    assert same(loader(folder, max_damaged=1).load(2), packs[2])  # which document is out does not depend on the order
+
+
+def test_a_pack_of_which_nothing_is_left_is_padding_and_too_much_damage_stops(made, tmp_path):
+    folder, _, packs = made
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.tar"):
+        path.write_bytes(b"x" * path.stat().st_size)
+    n = len(packs[3])
+    pack = loader(tmp_path / "copy", max_damaged=n).load(3)
+    assert len(pack.left_out) == n and pack.segments == [] and pack.n_tokens == pack.n_loss_tokens == 0
+    assert pack.loss_ranges() == [] and (pack.document_ids == -1).all() and pack.patches.shape == (0, 3072)
+    with pytest.raises(DamagedSampleError, match=rf"damaged document {n}, max_damaged is {n - 1}"):
+        loader(tmp_path / "copy", max_damaged=n - 1).load(3)

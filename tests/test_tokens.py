@@ -134,6 +134,84 @@ def test_text_never_gives_a_control_id(value):
     )  # sentencepiece's own space mark
 
 
+spaced = st.lists(
+    st.one_of(
+        st.sampled_from([" ", "  ", "\t", "\n", "\r\n", "\u2581", "\u00a0", "\u3000", "\u200b", "\0", "a", "\ufb01"]),
+        texts,
+    )
+).map("".join)
+
+
+@given(spaced)
+def test_word_by_word_is_the_whole_text_at_once(value):
+    fresh = Tokenizer.__new__(Tokenizer)
+    fresh.__dict__ = TOKENIZER.__dict__ | {"_words": {}}
+    whole = TOKENIZER._pieces.encode(value)
+    assert TOKENIZER._by_word
+    assert fresh.encode(value) == TOKENIZER.encode(value) == whole  # words unknown, then known
+    assert fresh.encode(value) == whole
+
+
+def test_known_words_are_bounded_and_long_ones_are_not_kept(monkeypatch):
+    monkeypatch.setattr("solo.tokens.WORDS_KEPT", 5)
+    tokenizer = Tokenizer(TOKENS)
+    assert len(tokenizer._words) <= 5
+    said = " ".join(f"word{i}" for i in range(50)) + " " + "x" * 500
+    assert tokenizer.encode(said) == tokenizer._pieces.encode(said)
+    assert len(tokenizer._words) == 5 and max(map(len, tokenizer._words)) <= 33
+
+
+def test_a_vocabulary_whose_pieces_cross_words_is_encoded_whole():
+    class Crossing:
+        def id_to_piece(self, i):
+            return "a\u2581b" if i == 77 else "a"
+
+    tokenizer = Tokenizer(TOKENS)
+    real, tokenizer._pieces = tokenizer._pieces, Crossing()
+    tokenizer._by_word = tokenizer._words_are_apart()
+    tokenizer._pieces = real
+    assert not tokenizer._by_word
+    assert tokenizer.encode("Hello world") == HELLO
+
+
+every = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
+
+
+@given(every)
+def test_byte_fallback_round_trips_any_unicode(value):
+    """Whatever is no piece becomes bytes, and those the character again; only the space mark reads as a space."""
+    got = TOKENIZER.encode(value)
+    assert 0 not in got  # never <unk>
+    assert TOKENIZER.decode(got) == value.replace("\u2581", " ")
+
+
+def test_byte_fallback_really_happens_in_every_plane():
+    for value in ("\U0001faf6", "\U00020000", "\ue000", "\U0010fffd", "\u0e5b", "\x7f", "\x00"):
+        got = TOKENIZER.encode(value)
+        assert TOKENIZER.decode(got) == value
+        fallback = [i for i in got if 3 <= i < 259]  # <0x00> ... <0xFF>
+        assert bytes(i - 3 for i in fallback) == value.encode() or not fallback
+    assert [i - 3 for i in TOKENIZER.encode("\U0001faf6")[1:]] == list("\U0001faf6".encode())
+
+
+pieces_of_control = st.lists(
+    st.sampled_from([*SPECIAL, "[INST]", "[/INST]", " ", "\n", "<0x0A>", "<", "s>", "x"]), max_size=6
+)
+
+
+@given(pieces_of_control.map("".join), pieces_of_control.map("".join), st.sampled_from(["plain", "inst"]))
+def test_no_text_of_any_role_moves_a_control_id(asked, answered, template):
+    """The control and vision ids of a document are the same whatever its texts are, EOS after an answer apart."""
+    turns = (("system", text(asked)), ("user", IMAGE, text(asked)), ("assistant", text(answered)))
+    document = tokenize(sample(*turns), [(2, 2)], TOKENIZER, template)
+    control = [i for i in document.ids.tolist() if i < 3 or i >= 32_000]
+    block = [V, P, P, SEP, P, P, END if template == "plain" else V]
+    ends = [2] if template == "inst" and answered.strip() else []
+    assert control == ([1, *block] if template == "plain" else [*block, 1, *ends])
+    assert (document.ids[document.is_target] != 1).all()
+    assert int((document.ids[document.is_target] == 2).sum()) == len(ends)
+
+
 grids = st.tuples(st.integers(1, 4), st.integers(1, 4))
 items = st.lists(st.one_of(texts.map(text), st.just(IMAGE)), max_size=3)
 turns = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), items), min_size=1, max_size=4)
@@ -175,3 +253,34 @@ def test_a_tokenizer_travels_to_other_processes():
     assert again.encode("Hello world") == HELLO and dataclasses.is_dataclass(
         tokenize(sample(("user", text("a"))), [], again, "plain")
     )
+
+
+def test_role_counts_by_hand():
+    turns = (
+        ("system", text("Hello world")),
+        ("user", IMAGE, text("Hello world")),
+        ("assistant", text("Hello world")),
+    )
+    plain = tokenize(sample(*turns), [(2, 3)], TOKENIZER, "plain")
+    two = {"n_tokens": 2, "n_loss_tokens": 0}
+    assert plain.by_role() == {"system": two, "user": two, "assistant": {"n_tokens": 2, "n_loss_tokens": 2}}
+    inst = tokenize(sample(*turns), [(2, 3)], TOKENIZER, "inst")
+    asked = len(
+        TOKENIZER.encode("[INST] Hello world\n\nHello world [/INST]")
+    )  # the system text stands in the user's turn
+    none = {"n_tokens": 0, "n_loss_tokens": 0}
+    answered = {"n_tokens": 3, "n_loss_tokens": 3}
+    assert inst.by_role() == {"system": none, "user": {"n_tokens": asked, "n_loss_tokens": 0}, "assistant": answered}
+    assert inst.role.tolist() == [-1] * 10 + [1] * asked + [2] * 3 and inst.role.dtype == np.int8
+
+
+@given(turns, st.sampled_from(["plain", "inst"]))
+def test_role_counts_close_and_only_the_assistant_is_labelled(turns, template):
+    record = sample(*((role, *content) for role, content in turns))
+    n_images = sum(item is IMAGE for _, content in turns for item in content)
+    document = tokenize(record, [(1, 2)] * n_images, TOKENIZER, template)
+    counts = document.by_role()
+    marks = 1 + 2 * n_images  # BOS, and what opens and closes an image of one row
+    assert sum(c["n_tokens"] for c in counts.values()) == document.n_text_tokens - marks
+    assert counts["assistant"]["n_loss_tokens"] == document.n_loss_tokens
+    assert counts["user"]["n_loss_tokens"] == counts["system"]["n_loss_tokens"] == 0

@@ -1,0 +1,72 @@
+"""Predicate: one boolean SQL expression over the columns of a table of samples, as users write it in YAML.
+
+In: a DuckDB relation and named predicates. Out: nothing, or a `SpecError` that names the predicate, quotes DuckDB and
+lists the columns. Invariant: what passes is a fixed function of one sample, so no aggregate, window, subquery, second
+statement, random() or now(). Cost: parsing and binding; no row is read but by `failing`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import duckdb
+from duckdb import SQLExpression
+
+from solo.spec import SpecError
+
+# Functions that give another answer at another time (random, now) or in another session.
+UNSTABLE = "SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
+PARSED = "SELECT json_serialize_sql('SELECT ' || $predicate)"
+
+
+def check(
+    con: duckdb.DuckDBPyConnection, samples: duckdb.DuckDBPyRelation, predicates: Mapping[str, str], where: str
+) -> None:
+    """Compile each predicate alone; `where` is the file and field that errors name."""
+    columns = samples.columns
+    unstable = {name for (name,) in con.execute(UNSTABLE).fetchall()} - {column.lower() for column in columns}
+    for name, predicate in predicates.items():
+        field = f"{where}.{name}"
+        try:
+            # Before it is bound: a subquery that names a file would open it.
+            for wrong in _unfit(con, predicate, unstable):
+                raise SpecError(f"{field}: {wrong} is not a fixed function of one sample; use its columns only")
+            expression = SQLExpression(predicate)
+            samples.filter(expression)  # as a WHERE clause it may hold no aggregate
+            kinds = [str(kind) for kind in samples.select(expression).types]
+        except duckdb.Error as error:
+            raise SpecError(f"{field}: {one_line(error)}; columns are {columns}") from None
+        if kinds != ["BOOLEAN"]:
+            raise SpecError(f"{field}: {predicate!r} is {', '.join(kinds)}, not one BOOLEAN; write a comparison")
+
+
+def failing(samples: duckdb.DuckDBPyRelation, predicates: Mapping[str, str]) -> str | None:
+    """Name of the predicate that fails on the rows, e.g. in a cast, and DuckDB's message."""
+    for name, predicate in predicates.items():
+        try:
+            samples.filter(SQLExpression(predicate)).aggregate("count(*)").fetchall()
+        except duckdb.Error as error:
+            return f"{name}: {one_line(error)}; try_cast gives NULL"
+    return None
+
+
+def one_line(error: duckdb.Error) -> str:
+    """DuckDB's message without its picture of the query."""
+    return " ".join(str(error).split("\n\nLINE ")[0].split())
+
+
+def _unfit(con: duckdb.DuckDBPyConnection, predicate: str, unstable: set[str]) -> Iterator[str]:
+    """Subqueries, windows and unstable functions, anywhere in DuckDB's parse tree of an expression."""
+    nodes: list[Any] = [json.loads(parsed) for (parsed,) in con.execute(PARSED, {"predicate": predicate}).fetchall()]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, list):
+            nodes += node
+        elif isinstance(node, dict):
+            nodes += node.values()
+            if node.get("class") in ("SUBQUERY", "WINDOW"):
+                yield f"a {node['class'].lower()}"
+            names = [node.get("function_name", ""), *node.get("column_names", [])]  # current_date parses as a column
+            yield from (f"{name}()" for name in names if name.lower() in unstable)

@@ -1,0 +1,134 @@
+"""Loss averages: `pack` and `token` are those of one plain process, for every number of ranks and of packs each."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import test_train
+from test_train import MODEL, TOKENS
+
+from solo import train
+from solo.artifact import Artifact
+from solo.spec import ModelSpec, Stage
+
+RANKS = (1, 2, 4)
+ACCUMULATIONS = (1, 2, 3, 4)
+N_STEPS = 1  # more are in test_train
+# A step of size learning_rate whatever the gradient would hide a wrong factor, so the norms are compared as well.
+FIELDS = {"warmup_steps": 0, "learning_rate": 1e-3, "clip_norm": 1e9}
+
+RANK = """
+import json, os, sys
+from pathlib import Path
+from solo import trainer
+
+trainer._connect("cpu")
+for path in sys.argv[1:]:
+    task = json.loads(Path(path).read_text())
+    rows = []
+    trainer.emit = rows.append
+    assert trainer.Trainer(task).run()
+    if os.environ["RANK"] == "0":
+        Path(path).with_suffix(".rows").write_text(json.dumps([r for r in rows if "step" in r]))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def first_packs(inputs: dict[str, Artifact], folder: Path, n: int) -> dict[str, Artifact]:
+    """The same inputs with a plan of the first n packs."""
+    folder.mkdir(parents=True)
+    for name in ("plan.parquet", "packs.parquet"):
+        table = pq.read_table(inputs["pack/tiny"].path / name)
+        pq.write_table(table.filter(pc.less(table["pack"], n)), folder / name)
+    return inputs | {"pack/tiny": test_train.made(folder, "pack/tiny")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], tuple[train.Job, list[dict]]]:
+    """Every case; one launch per number of ranks trains its cases one after the other."""
+    root = tmp_path_factory.mktemp("averages")
+    inputs = test_train.make_plan(root / "all", N_STEPS * max(RANKS) * max(ACCUMULATIONS) // 4)
+    script = root / "rank.py"
+    script.write_text(RANK)
+    done = {}
+    for ranks in RANKS:
+        jobs = {}
+        for n in ACCUMULATIONS:
+            own = first_packs(inputs, root / f"plan-{ranks}-{n}", N_STEPS * ranks * n)
+            for average in ("pack", "token"):
+                where = root / f"{ranks}-{n}-{average}"
+                job = test_train.make_job(where, own, batch_packs=ranks * n, loss_average=average, **FIELDS)
+                job.work.mkdir(parents=True)
+                task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=ranks)
+                (where / "task.json").write_text(json.dumps(task))
+                jobs[ranks, n, average] = job, where / "task.json"
+        paths = [str(path) for _, path in jobs.values()]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        env = train._environment(ranks, "cpu")
+        ended = subprocess.run(
+            [*command, str(script), *paths], env=env, capture_output=True, text=True, check=False, timeout=200
+        )
+        assert not ended.returncode, ended.stderr[-3000:]
+        for case, (job, path) in jobs.items():
+            done[case] = job, json.loads(path.with_suffix(".rows").read_text())
+    return done
+
+
+@pytest.mark.parametrize("average", ["pack", "token"])
+@pytest.mark.parametrize("n", ACCUMULATIONS)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_it_is_the_average_of_one_process(
+    trained: dict[tuple[int, int, str], tuple[train.Job, list[dict]]], ranks: int, n: int, average: str
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from safetensors.torch import load_file
+
+    from solo.loader import PackLoader
+    from solo.model import SoloForCausalLM
+    from solo.trainer import _optimizer, learning_rate
+
+    job, rows = trained[ranks, n, average]
+    stage = Stage.model_validate(job.spec["stage"])
+    shards = {name: a.path for name, a in job.of("shard").items()}
+    packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens)
+    model = SoloForCausalLM.from_spec(ModelSpec.model_validate(MODEL), TOKENS, 3).train()
+    optimizer = _optimizer(model, stage)
+    batch = ranks * n
+    assert len(rows) == N_STEPS == len(packs) // batch
+    for step, row in enumerate(rows, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, stage, N_STEPS)
+        losses = [model(packs.load(i)) for i in range(batch * (step - 1), batch * step)]
+        if average == "pack":
+            # As upstream: the mean of each pack, then of the packs; one without targets counts as 0.
+            loss = sum(x.mean() if len(x) else x.sum() for x in losses) / batch
+        else:
+            loss = torch.cat(losses).sum() / max(sum(len(x) for x in losses), 1)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        optimizer.step()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    saved = load_file(job.out / "checkpoint" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        # Adam's first steps are +-learning_rate by the sign of the gradient, so a gradient of 0 up to rounding may
+        # land on either side; the mean over a tensor may not.
+        assert (saved[name] - parameter.detach()).abs().mean() < 0.01 * FIELDS["learning_rate"], name
+
+
+def test_the_packs_differ_so_the_averages_do(
+    trained: dict[tuple[int, int, str], tuple[train.Job, list[dict]]],
+) -> None:
+    """The guard: averages of packs with equal numbers of targets would agree whatever the trainer does."""
+    for ranks, n in ((1, 4), (2, 2), (4, 1), (4, 4)):
+        by_pack, by_token = (trained[ranks, n, average][1][0] for average in ("pack", "token"))
+        assert abs(by_pack["loss"] - by_token["loss"]) > 0.01
+        assert abs(by_pack["grad_norm"] / by_token["grad_norm"] - 1) > 0.01
