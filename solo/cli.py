@@ -27,6 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+bench = typer.Typer(help="Measure a part against its reference, both in one run.", no_args_is_help=True)
+show = typer.Typer(help="Look at one thing a run made.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+app.add_typer(show, name="show")
 out = Console(highlight=False)
 
 Recipe = Annotated[str, typer.Argument(help="Name of a file in datasets_spec/recipes/.")]
@@ -118,6 +122,39 @@ def revision(path: Annotated[Path, typer.Argument(help="A file or a folder of so
     typer.echo(f"revision: sha256:{content_sha256(path)}")
 
 
+@show.command("pack")
+def show_pack(
+    number: Annotated[int, typer.Argument(help="Number of the pack, from 0.", min=0)],
+    mix: Annotated[str, typer.Option(help="Name of a mix that has been packed.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with thumbnails here instead.")] = None,
+) -> None:
+    """Print one pack: its documents, their sources, what carries loss and what is masked."""
+    from solo import show as shown
+
+    seen = shown.pack(Settings.from_env().root, mix, number)
+    if html is None:
+        typer.echo(shown.text(seen), nl=False)
+        return
+    html.write_text(shown.html(seen), encoding="utf-8")
+    typer.echo(f"wrote {html}")
+
+
+@bench.command("loader")
+def bench_loader(as_json: Json = False) -> None:
+    """Tokens per second and core of the loader, against the straightforward path on the same bytes."""
+    from solo import bench_loader as measured
+
+    _figures(measured.run(), as_json)
+
+
+@bench.command("pack")
+def bench_pack(as_json: Json = False) -> None:
+    """Fill and speed of the pack plan, against TRL's `bfd` on the same lengths ($SOLO_TRL_PYTHON has TRL)."""
+    from solo import bench_pack as measured
+
+    _figures(measured.run(), as_json)
+
+
 @app.command()
 def up() -> None:
     """Start this checkout's Prefect server, its worker and the deployments (loopback only)."""
@@ -128,6 +165,14 @@ def up() -> None:
 def down() -> None:
     """Stop what `solo up` started, by pid."""
     raise typer.Exit(follow(_module("down"), CHECKOUT))
+
+
+def _figures(found: dict[str, Any], as_json: bool) -> None:
+    """A bench's result: one JSON line, or the ratio and what stands behind it."""
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    out.print_json(json.dumps({k: v for k, v in found.items() if k != "machine"}))
 
 
 def _module(*arguments: str) -> list[str]:

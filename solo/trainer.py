@@ -87,7 +87,14 @@ class Trainer:
         self.work, self.out = Path(task["work"]), Path(task["out"])
         tokens = Tokens.model_validate(task["tokens"])
         plan, shards = Path(task["plan"]), {s: Path(p) for s, p in task["shards"].items()}
-        self.loader = PackLoader(plan, shards, tokens, self.stage.pack_tokens)
+        self.loader = PackLoader(
+            plan,
+            shards,
+            tokens,
+            self.stage.pack_tokens,
+            decode=self.stage.decode,
+            max_damaged=self.stage.max_damaged,
+        )
         self.n_steps = len(self.loader) // self.stage.batch_packs
         batches = pq.read_table(plan / "packs.parquet")["n_loss_tokens"].to_numpy()
         self.step_targets = batches.reshape(self.n_steps, self.stage.batch_packs).sum(1)

@@ -16,6 +16,9 @@ from solo.line import CHECKOUT
 ONE = {"SOLO_RANKS": "1", "SOLO_WORKERS": "1"}
 
 
+os.environ.setdefault("WDS_SECURE", "1")  # webdataset would unpickle members else
+
+
 @pytest.fixture(autouse=True)
 def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SOLO_ROOT", "SOLO_SPECS", "SOLO_WORKERS", "SOLO_RANKS", "SOLO_DEEPSPEED"):
