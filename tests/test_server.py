@@ -19,7 +19,7 @@ from conftest import clean_env, settings_of
 from solo import checkpoint
 from solo.line import CHECKOUT
 
-MANY = 30.0  # epochs: a stage that a fast machine is still training when the cancel arrives
+MANY = 15.0  # epochs: a stage that a fast machine is still training when the cancel arrives
 
 
 def serve(action: str, env: dict[str, str], *, ok: bool = True) -> subprocess.CompletedProcess[str]:
