@@ -30,7 +30,7 @@ from solo.spec import MixSource, MixSpec, SpecError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2  # 2: mix.sql finds where a draw ends without sorting it all; the lock is the same
 
 NOT_DRAWN = "not_drawn"
 WEIGHTS_TOLERANCE = 1e-6
@@ -71,23 +71,46 @@ GROUP BY reason
 ORDER BY reason
 """
 
-# The window sum runs in samples or in tokens. Shard and offset come last in the order because keys of 48 bits collide
-# in sources of tens of millions of samples.
+# Where the rest ends in hash order: a sum over 4,096 stretches of that order finds the stretch, so only one of them is
+# sorted; a window over whole rows cost three times the rest of the draw. Keys are unique in a source, so hashes are.
+EDGE = """,
+hashed AS MATERIALIZED (
+  SELECT md5(key || $seed) AS hash, IF($in_samples, 1, n_tokens) AS amount
+  FROM judged
+  WHERE reason IS NULL
+),
+stretches AS (
+  SELECT substr(hash, 1, 3) AS stretch, sum(amount) AS amount
+  FROM hashed
+  GROUP BY stretch
+),
+reached AS (  -- how much there is before each stretch
+  SELECT stretch, amount, sum(amount) OVER (ORDER BY stretch) - amount AS before
+  FROM stretches
+),
+last AS (
+  SELECT hash, before + sum(hashed.amount) OVER (ORDER BY hash) AS cumulative
+  FROM hashed
+  JOIN reached ON stretch = substr(hash, 1, 3)
+  WHERE before <= $rest AND before + reached.amount > $rest
+)
+SELECT min(hash) AS edge FROM last WHERE cumulative > $rest
+"""
+
+# {more} says which samples are drawn once more than the others. Shard and offset order what a key should tell apart.
 DRAW = """,
-ranked AS (
-  SELECT *,
-    sum(IF($in_samples, 1, n_tokens)) OVER (
-      ORDER BY md5(key || $seed), key, shard, "offset" ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
-    ) AS cumulative
+drawn AS (
+  SELECT *, $whole + IF({more}, 1, 0) AS n_repeats
   FROM judged
   WHERE reason IS NULL
 )
 SELECT key, source, shard, "offset", length, template, n_images, n_patches, n_text_tokens, n_loss_tokens, n_tokens,
-  $whole + IF(cumulative <= $rest, 1, 0) AS n_repeats
-FROM ranked
-WHERE $whole + IF(cumulative <= $rest, 1, 0) > 0
+  n_repeats
+FROM drawn
+WHERE n_repeats > 0
 ORDER BY key, shard, "offset"
 """
+MORE = "md5(key || $seed) < $edge"
 
 
 @dataclass(frozen=True)
@@ -207,13 +230,29 @@ def draw_source(con: duckdb.DuckDBPyConnection, mix: MixSpec, source: MixSource,
     if draw.short_tokens:
         asked = f"{source.weight:g} of {mix.budget_tokens} tokens"
         log.warning("%s: %s is %d tokens more than max_epochs allows", where, asked, draw.short_tokens)
-    values = {"seed": str(mix.seed), "whole": draw.whole, "rest": draw.rest, "in_samples": draw.in_samples}
-    rows = con.sql(judged_sql + DRAW, params={"files": files} | values).to_arrow_table()
+    rows, queries = draw_rows(con, judged_sql, draw, seed=str(mix.seed), files=files)
     origin = f"'shards/*.parquet' of shard/{source.source}, content {ledger.manifest.digest[:16]}"
-    header = "".join(f"-- ${name} = {literal(value)}\n" for name, value in values.items())
-    sql = f"-- source {source.source}: {draw.why}\n-- $files = {origin}\n{header}"
-    sql += f"{judged_sql.strip()}{COUNT.rstrip()};\n\n{judged_sql.strip()}{DRAW.rstrip()};\n"
-    return Drawn(rows.cast(LOCK).combine_chunks(), judged, draw, sql)
+    sql = [f"-- source {source.source}: {draw.why}\n-- $files = {origin}"]
+    for query, given in [(judged_sql + COUNT, {}), *queries]:
+        header = "".join(f"-- ${name} = {literal(value)}\n" for name, value in given.items())
+        sql.append(f"{header}{query.strip()};\n")
+    return Drawn(rows.cast(LOCK).combine_chunks(), judged, draw, "\n".join(sql))
+
+
+def draw_rows(
+    con: duckdb.DuckDBPyConnection, judged_sql: str, draw: Draw, *, seed: str, files: str
+) -> tuple[pa.Table, list[tuple[str, dict[str, Any]]]]:
+    """The rows of one source's draw, and the queries that found them with their parameters."""
+    whole, queries = {"whole": draw.whole}, []
+    if not draw.rest:
+        queries.append((judged_sql + DRAW.format(more="FALSE"), whole))
+    else:
+        given: dict[str, Any] = {"seed": seed, "in_samples": draw.in_samples, "rest": draw.rest}
+        queries.append((judged_sql + EDGE, given))
+        ((edge,),) = con.execute(queries[0][0], {"files": files} | given).fetchall()
+        queries.append((judged_sql + DRAW.format(more=MORE), whole | {"seed": seed, "edge": edge}))
+    sql, given = queries[-1]
+    return con.sql(sql, params={"files": files} | given).to_arrow_table(), queries
 
 
 def empty(where: str, source: str) -> str:

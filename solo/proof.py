@@ -6,7 +6,7 @@ token is the next token of its own document; (2) after every token and patch of 
 logit of another document or of the padding has, and the rule that a GPU compiles lets no pair across; (3) the loss of a
 token in the pack is its loss in its document alone, within TOLERANCE. (2) and (3) are run on a CPU by a small random
 SOLO model, through the attention code of the trainer.
-Cost: bounded, about a second a mix beyond loading torch: N_PACKS packs, N_TOKENS tokens of each.
+Cost: N_PACKS packs, N_TOKENS tokens of each: 0.1 to 0.4 s a pack of 1,024 tokens, 2 s one of 32K, and loading torch.
 
 Torch comes with the model, inside `prove`: importing this module costs nothing.
 """

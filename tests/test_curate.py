@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from solo import artifact, curate
 from solo.artifact import Artifact, Job, Result
@@ -190,6 +192,26 @@ def test_adding_a_source_moves_no_row_of_another(root: Path, amount: dict) -> No
     assert [r for r in rows(after) if r["source"] == "b"] == rows(before)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 250), st.booleans())
+def test_a_draw_is_the_longest_prefix_in_hash_order(
+    tmp_path_factory: pytest.TempPathFactory, n_tokens: list[int], percent: int, in_samples: bool
+) -> None:
+    root, table = tmp_path_factory.mktemp("draw"), ledger("a", n_tokens)
+    amount = {"samples": percent} if in_samples else {"epochs": percent / 100}
+    if not in_samples and not prefix(table, sum(n_tokens) * percent // 100):
+        return  # not one sample: an error, tested below
+    made = run(root, [{"source": "a", **amount}], {"a": shard(root, "a", table)})
+    order = [r["key"] for r in hash_order(table)]
+    if in_samples:
+        whole, rest = divmod(percent, len(order))
+        want = set(order[:rest])
+    else:
+        whole, rest = divmod(sum(n_tokens) * percent, 100 * sum(n_tokens))
+        want = prefix(table, sum(n_tokens) * percent // 100 - whole * sum(n_tokens))
+    assert repeats(made, "a") == {k: n for k in order if (n := whole + (k in want))}
+
+
 def digests(made: Artifact) -> dict[str, str]:
     return {f["path"]: f["sha256"] for f in made.manifest.files}
 
@@ -246,7 +268,8 @@ def test_the_sql_kept_runs_alone_and_gives_the_lock(root: Path) -> None:
     statements = duckdb.extract_statements(text)
     con = duckdb.connect()
     assert con.execute(statements[0]).fetchall()[-1][:2] == (None, 15)
-    assert con.sql(statements[1].query).to_arrow_table().cast(curate.LOCK).to_pylist() == rows(made)
+    assert repr(con.execute(statements[1]).fetchall()[0][0]) == header["edge"]
+    assert con.sql(statements[2].query).to_arrow_table().cast(curate.LOCK).to_pylist() == rows(made)
     assert str(root) not in (made.path / "mix.sql").read_text(), "a file of an artifact names no machine path"
 
 
