@@ -345,7 +345,8 @@ def test_a_failing_rank_names_its_error_and_the_log(
     (broken / "shards").mkdir(parents=True)
     (broken / "shards" / "00000.tar").write_bytes(b"no tar")
     job = make_job(tmp_path / "root", inputs | {"shard/prose": made(broken, "shard/prose")})
-    with pytest.raises(RuntimeError, match=r"rank 0: DamagedSampleError: prose-\w+: no sample at 00000.tar.*train\.log"):
+    says = r"rank 0: DamagedSampleError: prose-\w+: no sample at 00000.tar.*train\.log"
+    with pytest.raises(RuntimeError, match=says):
         artifact.make(job, train.run)
     assert not children_of(job)
 
