@@ -58,8 +58,8 @@ class Second:
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout
 
-    def start(self) -> str:
-        shown = self.prefect("deployment", "run", "solo/train", "--param", "recipe=toy")
+    def start(self, deployment: str = "solo/train") -> str:
+        shown = self.prefect("deployment", "run", deployment, "--param", "recipe=toy")
         return next(line.split(":", 1)[1].strip() for line in shown.splitlines() if "UUID" in line)
 
     def state(self, run_id: str) -> dict[str, Any]:
@@ -152,6 +152,18 @@ def test_cancel_stops_the_trainers_with_a_checkpoint_and_a_rerun_goes_on(second:
     # The ranks were launched twice, and the second time did not begin at the first step.
     assert [json.loads(line)["step"] for line in said.splitlines() if line.startswith('{"step')][-1] == found.step
     assert wait_for(lambda: not processes_of(second.base), within_s=30)
+
+
+def test_a_failed_run_is_retried_once_its_cause_is_mended(second: Second) -> None:
+    spec = second.base / "specs" / "sources" / "toy-text.yaml"
+    right = spec.read_text()
+    tiny.edit(second.base / "specs", "sources/toy-text.yaml", revision="sha256:" + "1" * 64)
+    run_id = second.start("solo/filter")
+    failed = second.ended(run_id, within_s=90)
+    assert failed["type"] == "FAILED" and "acquire/toy-text" in failed["message"], failed
+    spec.write_text(right)
+    second.prefect("flow-run", "retry", run_id)
+    assert wait_for(lambda: second.state(run_id)["type"] == "COMPLETED", within_s=90), second.state(run_id)
 
 
 def test_a_second_home_has_a_port_of_its_own_and_is_stopped_alone(server: dict[str, str], second: Second) -> None:
