@@ -87,7 +87,7 @@ CASES = {
         {},
         ["curate", "pack", "train", "evaluate", "report"],
     ),
-    # Whole epochs draw nothing by chance: the lock's query has another seed, the packs are the same bytes.
+    # Whole epochs draw nothing by chance: another seed gives the lock it gave before.
     "curate's spec changed, same bytes out": (
         lambda b: tiny.edit(b / "specs", "mixes/toy.yaml", seed=5),
         {},
