@@ -90,7 +90,7 @@ class Response(http.client.HTTPResponse):
             body = self._bounded()
         except Failed:
             raise
-        except Exception as error:
+        except Exception as error:  # img2dataset keeps only the text of it, which must name one status
             raise classify(error) from None
         if self.status // 100 == 2:
             if not body:
@@ -212,7 +212,7 @@ class Opener(urllib.request.OpenerDirector):
         try:
             response = super().open(fullurl, data, timeout)
             return response
-        except Exception as error:
+        except Exception as error:  # the same: sockets, TLS and HTTP raise a dozen unrelated types
             failure = error
             raise classify(error) from None
         finally:

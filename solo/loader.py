@@ -256,7 +256,7 @@ class PackLoader:
         try:
             data = self.shards.read(row["source"], row["shard"], row["offset"], row["length"])
             sample = parse_sample(data)
-        except Exception as error:
+        except Exception as error:  # damaged bytes may raise anything; the document must be named
             raise self._damaged(row, f"{type(error).__name__}: {error}") from error
         if sample.key != key:
             raise ValueError(

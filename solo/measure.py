@@ -103,7 +103,7 @@ def measure(signal: Signal, sample: Sample, pictures: Pictures) -> dict[str, Any
     """One signal of one sample; an exception is raised again with the key and the signal's name."""
     try:
         row = dict(signal.function(sample, pictures))
-    except Exception as error:
+    except Exception as error:  # a plug-in may raise anything; the sample and the signal must be named
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{sample.key}: signal {signal.name} raised {what}; let it return None instead") from error
     if signal.columns is not None and row.keys() != signal.columns.keys():

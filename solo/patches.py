@@ -117,7 +117,7 @@ def _fast() -> ModuleType:
 def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
-    except Exception as error:
+    except Exception as error:  # as in a decode: plug-ins of Pillow raise many types on hostile headers
         raise ImageError(f"image: not readable: {type(error).__name__}: {error}; drop it") from error
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -89,6 +90,8 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     n_gpus = gpu_count()
     ranks = rank_count(n_gpus, stage)
     device: Device = "cuda" if n_gpus else "cpu"
+    if device == "cuda":
+        check_compiler()
     if not (job.out / "checkpoint").is_dir():  # made last: where it is, only the manifest is missing
         task = _task(job, stage, device=device, ranks=ranks)
         watch = Watch(job, n_steps, on_metric, first_step=task["first_step"])
@@ -102,6 +105,13 @@ def gpu_count() -> int:
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def check_compiler() -> None:
+    """Refuse to start on a GPU without a C compiler: attention is compiled there. A CPU needs none."""
+    compilers = [os.environ.get("CC") or "gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        raise ValueError(f"no C compiler, none of {compilers}; a GPU's attention is compiled: install gcc or set CC")
 
 
 def rank_count(n_gpus: int, stage: Stage) -> int:

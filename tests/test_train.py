@@ -337,6 +337,13 @@ def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
     assert not children_of(job)
 
 
+def test_a_gpu_without_a_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.check_compiler()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no C compiler, none of \['gcc', 'clang'\]; .*install gcc"):
+        train.check_compiler()
+
+
 def test_a_failing_rank_names_its_error_and_the_log(
     inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
