@@ -35,7 +35,7 @@ from solo.spec import BenchmarkSpec, Tokens
 if TYPE_CHECKING:
     from solo.loader import Piece
     from solo.model import SoloForCausalLM
-    from solo.tokens import Tokenizer
+    from solo.tokenizer import Tokenizer
 
 VERSION = 1
 
@@ -165,7 +165,7 @@ class _Judge:
         from transformers.utils.logging import disable_progress_bar
 
         from solo.model import SoloForCausalLM
-        from solo.tokens import Tokenizer
+        from solo.tokenizer import Tokenizer
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
         device = "cuda" if torch.cuda.is_available() else "cpu"

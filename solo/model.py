@@ -24,7 +24,7 @@ from solo import weights
 from solo.attention import Attention, Mask, lay_out, rotary_angles
 from solo.loader import NO_TARGET, Pack, Piece, assemble
 from solo.spec import ModelSpec, Tokens
-from solo.tokens import BOS, EOS, N_TEXT_IDS
+from solo.tokenizer import SOLO
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -48,8 +48,8 @@ class SoloConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     initializer_range: float = 0.02
     patch_px: int = 32
     max_side_px: int = 1024
-    bos_token_id: int | None = BOS
-    eos_token_id: int | None = EOS
+    bos_token_id: int | None = SOLO.bos
+    eos_token_id: int | None = SOLO.eos
     tie_word_embeddings: bool = False
 
 
@@ -210,9 +210,9 @@ class SoloForCausalLM(PreTrainedModel):  # type: ignore[no-untyped-call]
                 pack_tokens = max(total, batch_tokens) if self.lm_head.weight.is_cuda else total
                 pack = assemble(pieces, index=0, pack_tokens=pack_tokens)
                 last = torch.tensor([len(p.ids) for p in pieces]).cumsum(0) - 1
-                best = self.logits(pack, last)[:, :N_TEXT_IDS].argmax(-1).tolist()
+                best = self.logits(pack, last)[:, : SOLO.n_text_ids].argmax(-1).tolist()
                 for i, new in zip(batch, best, strict=True):
-                    if new != EOS:
+                    if new != SOLO.eos:
                         answers[i].append(new)
                         still_open.append(i)
             open_ones = still_open
