@@ -185,6 +185,27 @@ def assemble(
     )
 
 
+def side_by_side(pieces: Sequence[Piece], pad_id: int) -> dict[str, Tensor]:
+    """Pieces as rows of a batch, padded on the left: what `SoloForCausalLM.forward` and `generate` take."""
+    n = max(len(p.ids) for p in pieces)
+    input_ids = torch.full((len(pieces), n), pad_id, dtype=torch.int64)
+    indices = torch.full((len(pieces), n), -1, dtype=torch.int64)
+    attention_mask = torch.zeros((len(pieces), n), dtype=torch.int64)
+    n_patches = 0
+    for row, piece in enumerate(pieces):
+        own = slice(n - len(piece.ids), n)
+        input_ids[row, own] = torch.from_numpy(piece.ids.astype(np.int64))
+        indices[row, own] = torch.from_numpy(np.where(piece.patch_index < 0, -1, piece.patch_index + n_patches))
+        attention_mask[row, own] = 1
+        n_patches += len(piece.patches)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "vision_patches": torch.from_numpy(np.concatenate([p.patches for p in pieces])),
+        "vision_patch_indices": indices,
+    }
+
+
 class PackLoader:
     """Packs of one plan by number; threads may share one."""
 
