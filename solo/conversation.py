@@ -1,8 +1,9 @@
-"""Conversation: what a caller of the processor may say, as samples for `tokens.tokenize` and the pictures beside them.
+"""Conversation: what a caller of the processor may say, as samples.
 
-In: Hugging Face's forms, one or a batch: messages of {role, content} with items {"type": "text" | "image"}, or texts and
-images apart. Out: `Spoken`, one a row. Invariant: text stays data, whatever it looks like; a picture is what Pillow
-opened, or encoded bytes, and no address is ever fetched. Cost: files are read whole.
+In: Hugging Face's forms, one or a batch: messages of {role, content} with items {"type": "text" | "image"}, or texts
+and images apart. Out: a `Sample` a row. Invariant: text stays data, whatever it looks like; a picture is what Pillow
+opened, or encoded bytes, and no address is ever fetched. The chat template shows such a sample to a reader, as saved
+checkpoints carry it; ids are made without it. Cost: files are read whole.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -21,21 +21,56 @@ from solo.sample import IMAGE, Item, Message, Sample, text
 Picture = bytes | Image.Image
 PLACES = ("image", "path", "url", "base64")  # keys of an image item under which Hugging Face's processors look
 
+# `<image>` stands for an image's block.
+CHAT_TEMPLATE = """\
+{%- macro joined(content) -%}
+    {%- set own = namespace(text="") -%}
+    {%- for item in content if item.type == "text" and item.text | trim -%}
+        {%- set own.text = own.text + ("\\n" if own.text else "") + item.text -%}
+    {%- endfor -%}
+    {{- own.text -}}
+{%- endmacro -%}
+{%- macro turns() -%}
+    {%- set own = namespace(system="") -%}
+    {%- for message in messages -%}
+        {%- set text = message.content if message.content is string else joined(message.content) -%}
+        {%- if message.role == "user" -%}
+            {{- "[INST] " + own.system + text | trim + " [/INST]" -}}
+            {%- set own.system = "" -%}
+        {%- elif message.role == "system" and loop.first -%}
+            {%- set own.system = text | trim + "\\n\\n" if text | trim else "" -%}
+        {%- elif message.role != "assistant" -%}
+            {{ raise_exception(
+                "turn " ~ loop.index0 ~ " is " ~ message.role ~ "; inst takes a leading system, user, assistant"
+            ) }}
+        {%- elif text | trim -%}
+            {{- " " + text + eos_token -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- if form == "plain" -%}
+    {{- bos_token -}}
+    {%- for message in messages -%}
+        {%- for item in message.content -%}
+            {{- item.text if item.type == "text" else "<image>" -}}
+        {%- endfor -%}
+    {%- endfor -%}
+{%- else -%}
+    {%- for message in messages if message.content is not string -%}
+        {%- for item in message.content if item.type == "image" -%}
+            {{- "<image>" -}}
+        {%- endfor -%}
+    {%- endfor -%}
+    {{- bos_token + turns() -}}
+{%- endif -%}
+"""
 
-@dataclass(frozen=True)
-class Spoken:
-    """One row of a batch."""
 
-    sample: Sample  # without its images, which may be more than bytes
-    pictures: list[Picture]
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """What a chat template sees."""
-        return [{"role": m["role"], "content": [dict(item) for item in m["content"]]} for m in self.sample.messages]
+class Rendered(str):
+    """A conversation as a reader sees it; ids do not come back out of it."""
 
 
-def conversations(said: Any, images: Any = None) -> tuple[list[Spoken], bool]:  # noqa: ANN401 - a caller's
+def conversations(said: Any, images: Any = None) -> tuple[list[Sample], bool]:  # noqa: ANN401 - a caller's
     """Rows of one conversation or a list of them, and whether it was a list; `images` fill items that hold none."""
     if not isinstance(said, Sequence) or isinstance(said, str | bytes) or not said:
         raise ValueError("conversation: give a list of {'role', 'content'} messages, or a list of such lists")
@@ -45,7 +80,7 @@ def conversations(said: Any, images: Any = None) -> tuple[list[Spoken], bool]:  
     return [_spoken(f"conversation {i}", row, beside[i]) for i, row in enumerate(rows)], is_batch
 
 
-def prompts(texts: Any, images: Any = None) -> tuple[list[Spoken], bool]:  # noqa: ANN401 - a caller's
+def prompts(texts: Any, images: Any = None) -> tuple[list[Sample], bool]:  # noqa: ANN401 - a caller's
     """Rows of one user turn each, its images before its text; and whether texts were a list."""
     is_batch = isinstance(texts, Sequence) and not isinstance(texts, str)
     rows = list(texts) if is_batch else [texts or ""]
@@ -93,7 +128,7 @@ def _listed(images: Any) -> list[Any]:  # noqa: ANN401 - a caller's
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def _spoken(name: str, messages: Any, beside: list[Any]) -> Spoken:  # noqa: ANN401 - a caller's
+def _spoken(name: str, messages: Any, beside: list[Any]) -> Sample:  # noqa: ANN401 - a caller's
     left = iter(beside)
     pictures: list[Picture] = []
     turns: list[Message] = []
@@ -102,10 +137,13 @@ def _spoken(name: str, messages: Any, beside: list[Any]) -> Spoken:  # noqa: ANN
             raise ValueError(f"{name}: turn {i} is no message; give {{'role': ..., 'content': ...}}")
         content = message["content"]
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        turns.append({"role": message["role"], "content": [_item(f"{name}: turn {i}", x, left, pictures) for x in items]})
+        turns.append(
+            {"role": message["role"], "content": [_item(f"{name}: turn {i}", x, left, pictures) for x in items]}
+        )
     if n := len(list(left)):
         raise ValueError(f"{name}: {n} images more than {{'type': 'image'}} items without one; say where they stand")
-    return Spoken(Sample(name, "", (), tuple(turns), {}), pictures)
+    images = cast("tuple[bytes, ...]", tuple(pictures))  # `solo.patches` takes an opened picture as it takes its bytes
+    return Sample(name, "", images, tuple(turns), {})
 
 
 def _item(where: str, item: Any, left: Iterator[Any], pictures: list[Picture]) -> Item:  # noqa: ANN401 - a caller's

@@ -1,9 +1,9 @@
 """Processor: conversations and pictures to the inputs of SOLO's `forward` and `generate`, in Hugging Face's form.
 
-In: text and images as `solo.conversation` takes them. Out: `input_ids` and `attention_mask` (B, n), LEFT padded with the
-EOS; `vision_patches` (P, 3 * patch_px**2) uint8 of the whole batch, which the model normalises; `vision_patch_indices`
-(B, n), -1 or a row of `vision_patches`. Invariant: a row's ids and patches are those that `tokens.tokenize` and
-`patches.patchify` give in training; marks are put in by id, so no text can forge one. Cost: a decode and a resize an image.
+In: text and images as `solo.conversation` takes them. Out: `input_ids` and `attention_mask` (B, n), LEFT padded with
+the EOS; `vision_patches` (P, 3 * patch_px**2) uint8 of the whole batch, which the model normalises;
+`vision_patch_indices` (B, n), -1 or a row of `vision_patches`. Invariant: a row is what the loader reads in training;
+marks are put in by id, so no text can forge one. Cost: a decode and a resize an image.
 
 `import solo.model` registers this class with `AutoProcessor`.
 """
@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import ValidationError
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
-from transformers.utils import cached_file
+from transformers import BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.hub import cached_file
 
-from solo.config import SoloConfig
-from solo.conversation import Spoken, conversations, prompts
-from solo.patches import grid, image_size, patchify
+from solo.conversation import CHAT_TEMPLATE, Rendered, conversations, prompts
+from solo.loader import read_piece, side_by_side
+from solo.sample import Sample
 from solo.spec import Template, Tokens
 from solo.tokenizer import Tokenizer, read_pinned
-from solo.tokens import tokenize
 
 CONFIG_FILE, TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -36,55 +34,13 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 DEFAULTS = {"patch_px": 32, "max_side_px": 1024, "image_close": {"plain": "</vision>", "inst": "<vision>"}}
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 IGNORED = ("_from_auto", "code_revision", "config", "trust_remote_code")  # what AutoProcessor hands on
-# For readers; ids are made without it. `<image>` stands for an image's block.
-CHAT_TEMPLATE = """\
-{%- macro joined(content) -%}
-    {%- set own = namespace(text="") -%}
-    {%- for item in content if item.type == "text" and item.text | trim -%}
-        {%- set own.text = own.text + ("\\n" if own.text else "") + item.text -%}
-    {%- endfor -%}
-    {{- own.text -}}
-{%- endmacro -%}
-{%- macro turns() -%}
-    {%- set own = namespace(system="") -%}
-    {%- for message in messages -%}
-        {%- set text = message.content if message.content is string else joined(message.content) -%}
-        {%- if message.role == "user" -%}
-            {{- "[INST] " + own.system + text | trim + " [/INST]" -}}
-            {%- set own.system = "" -%}
-        {%- elif message.role == "system" and loop.first -%}
-            {%- set own.system = text | trim + "\\n\\n" if text | trim else "" -%}
-        {%- elif message.role != "assistant" -%}
-            {{- raise_exception("turn " ~ loop.index0 ~ " is " ~ message.role ~ "; take system first, user, assistant") -}}
-        {%- elif text | trim -%}
-            {{- " " + text + eos_token -}}
-        {%- endif -%}
-    {%- endfor -%}
-{%- endmacro -%}
-{%- if form == "plain" -%}
-    {{- bos_token -}}
-    {%- for message in messages -%}
-        {%- for item in message.content -%}
-            {{- item.text if item.type == "text" else "<image>" -}}
-        {%- endfor -%}
-    {%- endfor -%}
-{%- else -%}
-    {%- for message in messages if message.content is not string -%}
-        {%- for item in message.content if item.type == "image" -%}
-            {{- "<image>" -}}
-        {%- endfor -%}
-    {%- endfor -%}
-    {{- bos_token + turns() -}}
-{%- endif -%}
-"""
 
 
-class Rendered(str):
-    """A conversation as a reader sees it; ids do not come back out of it."""
-
-
-class SoloProcessor(ProcessorMixin):  # type: ignore[no-untyped-call]
+class SoloProcessor(ProcessorMixin):
     """A tokenizer and the image rules of its `Tokens`."""
+
+    tokenizer: Tokenizer
+    chat_template: str
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str = CHAT_TEMPLATE) -> None:
         self.tokenizer = tokenizer
@@ -100,7 +56,7 @@ class SoloProcessor(ProcessorMixin):  # type: ignore[no-untyped-call]
         """Keys of a batch."""
         return ["input_ids", "attention_mask", "vision_patches", "vision_patch_indices"]
 
-    def __call__(  # noqa: PLR0913, Hugging Face's arguments
+    def __call__(
         self,
         images: Any = None,  # noqa: ANN401
         text: str | Sequence[str] | None = None,
@@ -121,7 +77,7 @@ class SoloProcessor(ProcessorMixin):  # type: ignore[no-untyped-call]
         rows, _ = prompts(text, images)
         return self._batch(rows, template, padding=padding, return_tensors=return_tensors)
 
-    def apply_chat_template(  # noqa: PLR0913, Hugging Face's arguments
+    def apply_chat_template(  # type: ignore[override]  # noqa: PLR0913, Hugging Face's arguments
         self,
         conversation: Any,  # noqa: ANN401
         *,
@@ -141,36 +97,37 @@ class SoloProcessor(ProcessorMixin):  # type: ignore[no-untyped-call]
         if tokenize:
             batch = self._batch(rows, template, padding=padding, return_tensors=return_tensors)
             return batch if return_dict else batch["input_ids"]
-        tokens = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
-        messages = [row.messages for row in rows]
-        texts, _ = render_jinja_template(messages, chat_template=self.chat_template, form=template, **tokens)
-        rendered = [Rendered(value) for value in texts]
+        tokens: Any = {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
+        said: Any = [list(row.messages) for row in rows]
+        texts: Any = render_jinja_template(said, chat_template=self.chat_template, form=template, **tokens)
+        rendered = [Rendered(value) for value in texts[0]]
         return rendered if is_batch else rendered[0]
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = True) -> str:  # noqa: ANN401, FBT002
+    def decode(self, token_ids: Any, skip_special_tokens: bool = True) -> str:  # noqa: ANN401
         """The text in the ids of one row; control and vision ids are never shown."""
         if not skip_special_tokens:
             raise ValueError("decode: control and vision ids have no text; leave skip_special_tokens true")
-        return self.tokenizer.decode(np.atleast_1d(np.asarray(token_ids)).tolist())
+        ids: list[int] = np.atleast_1d(np.asarray(token_ids)).tolist()
+        return self.tokenizer.decode(ids)
 
-    def batch_decode(self, token_ids: Any, skip_special_tokens: bool = True) -> list[str]:  # noqa: ANN401, FBT002
+    def batch_decode(self, token_ids: Any, skip_special_tokens: bool = True) -> list[str]:  # noqa: ANN401
         """The text in the ids of each row."""
         return [self.decode(row, skip_special_tokens) for row in token_ids]
 
-    def post_process_image_text_to_text(
+    def post_process_image_text_to_text(  # type: ignore[override]
         self,
         generated_outputs: Any,  # noqa: ANN401
-        skip_special_tokens: bool = True,  # noqa: FBT002
+        skip_special_tokens: bool = True,
     ) -> list[str]:
         """`batch_decode`, under the name by which generic code asks for it."""
         return self.batch_decode(generated_outputs, skip_special_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json says."""
-        fields = self.tokenizer.tokens.model_dump(mode="json", exclude={"tokenizer"})
+        fields: dict[str, Any] = self.tokenizer.tokens.model_dump(mode="json", exclude={"tokenizer"})
         return {"processor_class": type(self).__name__, "tokenizer_file": self.tokenizer.file_name} | fields
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> list[str]:  # noqa: ANN401
+    def save_pretrained(self, save_directory: str | Path) -> list[str]:  # type: ignore[override]
         """Write processor_config.json, the tokenizer's file and chat_template.jinja; returns their paths."""
         folder = Path(save_directory)
         data = read_pinned(self.tokenizer.tokens)
@@ -185,12 +142,12 @@ class SoloProcessor(ProcessorMixin):  # type: ignore[no-untyped-call]
         return [str(folder / name) for name in written]
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
         image_close: Literal["</vision>", "<vision>"] | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> SoloProcessor:
         """The processor saved in a checkpoint's folder; SOLO-7B's own values where the folder holds only a tokenizer.
 
@@ -211,37 +168,23 @@ class SoloProcessor(ProcessorMixin):  # type: ignore[no-untyped-call]
         n_ids, n_rows = processor.tokenizer.vocabulary.n_text_ids, folder.json("config.json").get("n_text_ids")
         if n_rows not in (None, n_ids):
             raise ValueError(
-                f"{folder.name}: its tokenizer has {n_ids} text ids, its config.json {n_rows}; they are not of one model"
+                f"{folder.name}: its tokenizer has {n_ids} text ids, its config.json {n_rows}; not of one model"
             )
         if template := folder.find(TEMPLATE_FILE):
             processor.chat_template = template.read_text(encoding="utf-8")
         return processor
 
     def _batch(
-        self, rows: Sequence[Spoken], template: Template, *, padding: bool, return_tensors: Literal["pt", "np"]
+        self, rows: Sequence[Sample], template: Template, *, padding: bool, return_tensors: Literal["pt", "np"]
     ) -> BatchFeature:
-        px = {"patch_px": self.tokenizer.tokens.patch_px, "max_side_px": self.tokenizer.tokens.max_side_px}
-        patches = [np.empty((0, 3 * px["patch_px"] ** 2), np.uint8)]
-        documents, firsts, n_patches = [], [], 0
-        for row in rows:
-            grids = [grid(*image_size(picture), **px) for picture in row.pictures]
-            documents.append(tokenize(row.sample, grids, self.tokenizer, template))
-            patches += [patchify(picture, **px) for picture in row.pictures]
-            firsts.append(n_patches)
-            n_patches += documents[-1].n_patches
-        lengths = [len(document.ids) for document in documents]
-        if not padding and len(set(lengths)) > 1:
-            raise ValueError(f"processor: rows of {lengths} tokens make no tensor; leave padding true")
-        shape = (len(rows), max(lengths))
-        ids = np.full(shape, self.tokenizer.vocabulary.eos, np.int64)
-        mask, index = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
-        for i, (document, first, n) in enumerate(zip(documents, firsts, lengths, strict=True)):
-            ids[i, -n:], mask[i, -n:] = document.ids, 1
-            index[i, -n:] = np.where(document.patch_index >= 0, document.patch_index + first, -1)
-        arrays = dict(zip(self.model_input_names, (ids, mask, np.concatenate(patches), index), strict=True))
         if return_tensors not in ("pt", "np"):
             raise ValueError(f"processor: return_tensors is {return_tensors!r}; choose one of 'pt', 'np'")
-        return BatchFeature({k: torch.from_numpy(v) for k, v in arrays.items()} if return_tensors == "pt" else arrays)
+        pieces = [read_piece(row, self.tokenizer, template) for row in rows]
+        lengths = [len(piece.ids) for piece in pieces]
+        if not padding and len(set(lengths)) > 1:
+            raise ValueError(f"processor: rows of {lengths} tokens make no tensor; leave padding true")
+        batch = side_by_side(pieces, self.tokenizer.vocabulary.eos)
+        return BatchFeature(batch if return_tensors == "pt" else {name: t.numpy() for name, t in batch.items()})
 
 
 class _Folder:
@@ -287,6 +230,3 @@ class _Folder:
 
 def _token(value: Any) -> Any:  # noqa: ANN401 - a string, or an object of Hugging Face's that holds it
     return value.get("content") if isinstance(value, dict) else value
-
-
-AutoProcessor.register(SoloConfig, SoloProcessor, exist_ok=True)

@@ -137,9 +137,8 @@ def read_pinned(tokens: Tokens) -> bytes:
 def tokenizer_path(name: str) -> Path:
     """Where `package:path/in/package`, or a file path, lies; the package is found without importing it."""
     package, colon, inside = name.partition(":")
-    if not colon:
-        path = Path(name)
-    else:
+    path = Path(name)
+    if colon and not path.is_file():
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"tokenizer {name}: no package {package!r} is installed; install it")
