@@ -95,6 +95,7 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         Transformers logs those and goes on with random numbers.
         """
         weights.check_files(Path(folder))
+        kwargs["ignore_mismatched_sizes"] = True  # then they are listed, with all else that is wrong
         loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         weights.check_loaded(str(folder), info)
