@@ -331,7 +331,9 @@ def test_documents_left_out_are_counted_and_the_token_average_is_of_the_others(
     page = "".join(run_pages.train_page([Artifact(job.out, replace(job.one("pack").manifest, stats=done.stats))], {}))
     assert page.count(lost["key"]) == 3
     rows = pq.read_table(job.out / "trained.parquet")
-    with pytest.raises(LedgerError, match=r"train/tiny: pack 2: 1 n_documents trained \+ 0 left out != 2 planned, and 2"):
+    with pytest.raises(
+        LedgerError, match=r"train/tiny: pack 2: 1 n_documents trained \+ 0 left out != 2 planned, and 2"
+    ):
         trained.check("train/tiny", hide_left_out(rows), pq.read_table(whole["pack/tiny"].path / "packs.parquet"))
 
 
