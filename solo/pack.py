@@ -96,7 +96,7 @@ def make_plan(job: Job) -> Result:
     n_tokens = pieces.counts["n_tokens"][order]
     packs, left_out = whole_batches(packs, np.add.reduceat(n_tokens, first[:-1]), batch_packs)
     costs = np.add.reduceat(n_tokens**2, first[:-1])
-    packs, balanced = balance_steps(packs, costs, batch_packs)
+    packs, balanced = balance.steps(packs, costs, batch_packs)
     plan = members(order, first, packs)
     write_plan(job.out, pieces, plan)
     write_packs(job.out, pieces, plan, by_source=by_source)
@@ -194,20 +194,6 @@ def whole_batches(packs: np.ndarray, n_tokens: np.ndarray, batch_packs: int) -> 
     is_out = np.zeros(len(packs), dtype=bool)
     is_out[by_fill[: len(packs) % batch_packs]] = True
     return packs[~is_out], packs[is_out]
-
-
-def balance_steps(packs: np.ndarray, costs: np.ndarray, batch_packs: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """The same packs in each step in an order that balances ranks, and dearest / mean rank in both orders."""
-    steps = packs.reshape(-1, batch_packs)
-    ordered = np.concatenate([step[balance.order(costs[step])] for step in steps])
-    found: dict[str, Any] = {}
-    for ranks in balance.WORLD_SIZES[1:]:
-        if batch_packs % ranks:
-            continue
-        before, after = (balance.imbalance(costs[p], batch_packs, ranks) for p in (packs, ordered))
-        one = {"arrival": before, "ordered": after}
-        found[f"{ranks}_ranks"] = {k: {"mean": _round(v.mean()), "max": _round(v.max())} for k, v in one.items()}
-    return ordered, found
 
 
 def members(order: np.ndarray, first: np.ndarray, packs: np.ndarray) -> Planned:

@@ -265,6 +265,8 @@ def test_ranks_are_balanced(root: Path) -> None:
         worst = (ranks.max(1) / ranks.mean(1)).max()
         assert said[f"{n_ranks}_ranks"]["ordered"]["max"] == pytest.approx(worst, abs=1e-4)
         assert worst <= 1.05
+        assert said[f"{n_ranks}_ranks"]["n_over_limit"] == said[f"{n_ranks}_ranks"]["n_over_bound"] == 0
+        assert 1 <= said[f"{n_ranks}_ranks"]["bound"]["max"] <= worst + 1e-6
         assert worst < said[f"{n_ranks}_ranks"]["arrival"]["mean"]
     assert set(run(root, mixed(), batch=6).manifest.stats["attention_imbalance"]) == {"2_ranks"}
 
