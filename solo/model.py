@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
@@ -27,6 +27,7 @@ from solo.attention import Mask, batch_mask, lay_out
 from solo.config import SoloConfig
 from solo.decoder import Decoder, Head
 from solo.loader import NO_TARGET, Pack
+from solo.processor import SoloProcessor
 from solo.spec import ModelSpec, Tokens
 
 
@@ -284,3 +285,4 @@ def _shifted_loss(logits: Tensor, labels: Tensor, n_items: Tensor | int | None) 
 
 AutoConfig.register("solo", SoloConfig, exist_ok=True)
 AutoModelForCausalLM.register(SoloConfig, SoloForCausalLM, exist_ok=True)
+AutoProcessor.register(SoloConfig, SoloProcessor, exist_ok=True)  # type: ignore[no-untyped-call]
