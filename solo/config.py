@@ -74,9 +74,10 @@ class SoloConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     def rotary(self) -> tuple[Tensor, float]:
         """(head_dim / 2,) fp32 inverse frequencies on the CPU, and what cosines and sines are multiplied with."""
         rope: dict[str, Any] = self.rope_parameters or {}
-        if rope["rope_type"] != "default":
-            frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](self, torch.device("cpu"))
-            return frequencies, float(scale)
-        assert self.head_dim is not None
-        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float, device="cpu") / self.head_dim
-        return 1.0 / rope["rope_theta"] ** steps, 1.0
+        with torch.device("cpu"):  # also while a model is laid out without memory
+            if rope["rope_type"] != "default":
+                frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](self, torch.device("cpu"))
+                return frequencies, float(scale)
+            assert self.head_dim is not None
+            steps = torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim
+            return 1.0 / rope["rope_theta"] ** steps, 1.0

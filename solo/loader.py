@@ -80,7 +80,7 @@ class Pack:
     patch_index: Tensor  # (n,) int64, -1 or a row of `patches`
     targets: Tensor  # (n,) int64: the id to predict AT this position (already shifted), -100 = none
     segments: list[tuple[str, str, int, int]]  # (source, key, first, last): tokens first <= i < last are its own
-    left_out: tuple[tuple[str, str], ...] = ()  # (source, key) of planned documents that were damaged
+    left_out: tuple[dict[str, Any], ...] = ()  # rows of the plan whose documents were damaged
 
     @property
     def n_tokens(self) -> int:
@@ -249,7 +249,7 @@ class PackLoader:
                 pieces.append(self._piece(row, patches[end - row["n_patches"] : end]))
             except DamagedSampleError as error:
                 self._leave_out(error)
-                left_out.append((row["source"], row["key"]))
+                left_out.append(row)
         if not left_out:
             return self._assemble(pieces, i, patches)
         pack = self._assemble(pieces, i) if pieces else self._padding(i)

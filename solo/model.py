@@ -96,6 +96,7 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         Transformers logs those and goes on with random numbers.
         """
         weights.check_files(Path(folder))
+        kwargs["ignore_mismatched_sizes"] = True  # then they are listed, with all else that is wrong
         loaded: Any = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         weights.check_loaded(str(folder), info)
@@ -120,8 +121,7 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
             return self._losses(*aimed, *inputs)
         if self._compiled is None:
             self._compiled = torch.compile(self._losses)
-        for tensor in (*aimed, *inputs[2:4]):  # their lengths differ from pack to pack: no new graph for each
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        let_lengths_vary(*aimed, *inputs[2:4])
         losses: Tensor = self._compiled(*aimed, *inputs)
         return losses
 
@@ -264,6 +264,15 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
         self.model.recompute_layers = 0
+
+
+def let_lengths_vary(*tensors: Tensor) -> None:
+    """Tell the compiler that these lengths differ from call to call, 0 and 1 among them: one graph for all packs.
+
+    Merely dynamic lengths would still cost a graph for a pack without patches and one with a single target.
+    """
+    for tensor in tensors:
+        torch._dynamo.decorators.mark_unbacked(tensor, 0)
 
 
 def _shifted_loss(logits: Tensor, labels: Tensor, n_items: Tensor | int | None) -> Tensor:

@@ -78,7 +78,7 @@ def check_loaded(where: str, info: Mapping[str, Any]) -> None:
 
 
 def check_files(folder: Path) -> list[Path]:
-    """The safetensors of a checkpoint folder, all that its index names; none where `folder` is no folder (a hub id)."""
+    """The safetensors of a checkpoint folder, whole and all that its index names; none where it is a hub's id."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / INDEX
     if index.is_file():
@@ -87,6 +87,12 @@ def check_files(folder: Path) -> list[Path]:
         lost = [f.name for f in files if not f.is_file()]
         if lost:
             raise ValueError(f"{folder}: {INDEX} names {_some(lost)}, not there; fetch the checkpoint again")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file}: {error}; fetch the file again") from error
     return files
 
 
@@ -96,12 +102,9 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     if not files:
         raise ValueError(f"{folder}: no *.safetensors there; give a Hugging Face checkpoint folder or `random`")
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    yield file, name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: {error}; fetch the file again") from error
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                yield file, name, tensors.get_tensor(name)
 
 
 def _some(names: Iterable[str]) -> str:
