@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from solo.pieces import BytePairs, SentencePieces
-from solo.spec import Tokens
+from solo.spec import ModelSpec, Tokens
 
 N_OWN_IDS = 5 + 1024  # image marks, then <loc_1> ... <loc_1024> as upstream reserves them
 
@@ -120,6 +120,16 @@ class Tokenizer:
             fact = "no token" if found is None else "a piece of ordinary text"
             raise ValueError(f"tokenizer {name}: {field} {token!r} is {fact} there; name a control token, {have}")
         return found
+
+
+def check_model(model: ModelSpec, vocabulary: Vocabulary) -> None:
+    """Refuse a model whose rows are not the vocabulary's ids."""
+    n, least = vocabulary.n_text_ids, vocabulary.vision_end + 1
+    if model.n_text_ids != n or model.vocab_size < least:
+        raise ValueError(
+            f"model: n_text_ids {model.n_text_ids} and vocab_size {model.vocab_size}, but the tokenizer has {n} text "
+            f"ids and image marks up to {least}; set n_text_ids to {n} and vocab_size to {vocabulary.size}"
+        )
 
 
 def read_pinned(tokens: Tokens) -> bytes:

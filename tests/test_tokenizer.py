@@ -14,10 +14,12 @@ from sentencepiece import SentencePieceProcessor
 from test_tokens import TOKENIZER, TOKENS, anything, sample
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from solo.line import CHECKOUT
+from solo.model import SoloForCausalLM
 from solo.pieces import OWN
 from solo.sample import IMAGE, text
-from solo.spec import Tokens
-from solo.tokenizer import SOLO, Tokenizer, Vocabulary, read_pinned, tokenizer_path
+from solo.spec import RecipeSpec, Tokens, load
+from solo.tokenizer import SOLO, Tokenizer, Vocabulary, check_model, read_pinned, tokenizer_path
 from solo.tokens import tokenize
 
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<s>"]
@@ -195,3 +197,16 @@ def test_a_file_that_cannot_serve_says_why(tmp_path):
     for damaged in (b"", b"\x0a\x05", b"\x0a\xff\xff\xff", released()[:-3], b"PK\x03\x04 a zip"):
         with pytest.raises(ValueError, match=r"neither a SentencePiece model nor a tokenizer.json"):
             Tokenizer(pinned(tmp_path / "tokenizer.model", damaged))
+
+
+def test_a_model_whose_rows_are_not_the_tokenizers_ids_is_refused(pairs):
+    model = load(RecipeSpec, "sample", CHECKOUT / "datasets_spec").model
+    check_model(model, SOLO)
+    check_model(model.model_copy(update={"vocab_size": 33_031}), SOLO)  # with the chat tokens that upstream added once
+    for fields in ({"n_text_ids": 31_999}, {"vocab_size": 32_004}):
+        with pytest.raises(ValueError, match="up to 32005; set n_text_ids to 32000 and vocab_size to 33029"):
+            check_model(model.model_copy(update=fields), SOLO)
+    with pytest.raises(ValueError, match=f"the tokenizer has {pairs.pieces.n_ids} text ids"):
+        check_model(model, pairs.vocabulary)
+    own = SoloForCausalLM.from_spec(model.model_copy(update={"hidden_size": 16}), pairs.tokens, seed=1).config
+    assert (own.bos_token_id, own.eos_token_id) == (0, 2)
