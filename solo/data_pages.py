@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from solo import gallery
+from solo import gallery, pack_pages
 from solo.artifact import Artifact
 from solo.charts import Panel, histograms, stacked
 from solo.markdown import BAR, bar, escape, picture, table
@@ -164,6 +164,14 @@ def pack_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     yield "# Pack: training sequences"
     yield table([_flow_row(a) | {"pack tokens": a.manifest.stats["pack_tokens"]} for a in artifacts])
     yield table(list(pack_rows(artifacts)))
+    yield "## Fill: tokens over the room of all packs trained"
+    yield table(list(pack_pages.fill(artifacts)))
+    if balanced := list(pack_pages.balance(artifacts)):
+        yield "## Attention of ranks: the dearest of a step over the mean"
+        yield table(balanced)
+    if proven := list(pack_pages.proof(artifacts)):
+        yield "## Proof: no document of a pack sees another, and its loss is that of the document alone"
+        yield table(proven)
     panels, by_source = [], {}
     for a in artifacts:
         packs = pq.read_table(a.path / "packs.parquet", columns=["n_tokens", "source"])
