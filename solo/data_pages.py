@@ -176,10 +176,12 @@ def pack_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     for a in artifacts:
         packs = pq.read_table(a.path / "packs.parquet", columns=["n_tokens", "source"])
         fill = packs["n_tokens"].to_numpy() / a.manifest.stats["pack_tokens"]
-        panels.append(Panel(a.manifest.name, {"packs": fill}))
+        if np.ptp(fill) > 0.001:  # packs that are all full make no picture
+            panels.append(Panel(a.manifest.name, {"packs": fill}))
         counted = packs["source"].value_counts().to_pylist()
         by_source[a.manifest.name] = {c["values"]: c["counts"] for c in sorted(counted, key=lambda c: c["values"])}
-    yield picture(histograms("Share of a pack that is filled", panels[:8], unit="packs"), "histograms of fill")
+    if panels:
+        yield picture(histograms("Share of a pack that is filled", panels[:8], unit="packs"), "histograms of fill")
     yield picture(stacked("Packs by source", top_series(by_source), unit="packs"), "packs by source")
 
 

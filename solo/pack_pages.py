@@ -32,13 +32,13 @@ def fill(artifacts: Sequence[Artifact]) -> Iterator[Row]:
 
 
 def balance(artifacts: Sequence[Artifact]) -> Iterator[Row]:
-    """One row per mix and number of ranks: the dearest rank of a step over the mean rank, on average and at worst."""
+    """One row per mix and number of ranks: the dearest rank of a step over the mean rank, mean (worst) of all steps."""
     for a in artifacts:
         for ranks, s in a.manifest.stats["attention_imbalance"].items():
             yield {
                 "mix": a.manifest.name,
                 "ranks": int(ranks.removesuffix("_ranks")),
-                "ordered": _range(s["ordered"]),
+                "ordered, mean (worst)": _range(s["ordered"]),
                 "as they arrived": _range(s["arrival"]),
                 "no order is below": _range(s["bound"]),
                 f"steps over {LIMIT}": s["n_over_limit"],
@@ -57,8 +57,8 @@ def proof(artifacts: Sequence[Artifact]) -> Iterator[Row]:
                 "documents": p["n_documents"],
                 "tokens": p["n_tokens"],
                 "changes tried": p["n_changes"],
-                "a logit moved by, 0 allowed": f"{p['max_logit_difference']:g}",
-                f"a loss differed by, {p['tolerance']:g} nats allowed": f"{p['max_loss_difference']:g}",
+                "logit moved": f"{p['max_logit_difference']:g} of 0 allowed",
+                "loss differed": f"{p['max_loss_difference']:g} of {p['tolerance']:g} nats allowed",
             }
 
 
@@ -67,4 +67,4 @@ def _share(share: float | None) -> str | None:
 
 
 def _range(ratio: dict[str, float]) -> str:
-    return f"{ratio['mean']:.3f}, at worst {ratio['max']:.3f}"
+    return f"{ratio['mean']:.3f} ({ratio['max']:.3f})"
