@@ -20,6 +20,7 @@ from solo import closing, line, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
+from solo.spec import Template
 
 app = typer.Typer(
     help="Train single-transformer vision-language models from a data recipe.",
@@ -120,6 +121,26 @@ def revision(path: Annotated[Path, typer.Argument(help="A file or a folder of so
     from solo.acquire import content_sha256
 
     typer.echo(f"revision: sha256:{content_sha256(path)}")
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or of the train artifact that holds it.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Pictures the talk is about.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda where there is one.")] = None,
+    template: Annotated[Template, typer.Option(help="inst: questions; plain: a text to go on with.")] = "inst",
+) -> None:
+    """Talk with a checkpoint about pictures; in a pipe each line is a question of its own and gets a line."""
+    from solo import chat as talk
+
+    talked = talk.Chat(checkpoint, device=device, max_new_tokens=max_new_tokens, template=template)
+    for image in images or ():
+        talked.look(image)
+    if sys.stdin.isatty():
+        talk.converse(talked)
+    else:
+        talk.answer_lines(talked, sys.stdin, sys.stdout)
 
 
 @show.command("pack")

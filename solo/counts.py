@@ -20,7 +20,8 @@ from solo.patches import grid
 from solo.pictures import read_header
 from solo.sample import Sample, read_sample
 from solo.spec import Template, Tokens
-from solo.tokens import Tokenizer, tokenize
+from solo.tokenizer import Tokenizer
+from solo.tokens import tokenize
 
 REASONS = (
     "undecodable",  # by the signal `decodes`, or by its header where that signal was not measured

@@ -28,7 +28,8 @@ from solo.plan import Plan
 from solo.sample import Sample, parse_sample
 from solo.shards import Shards
 from solo.spec import Decode, Template, Tokens
-from solo.tokens import EOS, Tokenizer, tokenize
+from solo.tokenizer import SOLO, Tokenizer
+from solo.tokens import tokenize
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,18 @@ def read_piece(  # noqa: PLR0913, the last two only say where and how
     )
 
 
-def assemble(pieces: Sequence[Piece], *, index: int, pack_tokens: int, patches: np.ndarray | None = None) -> Pack:
-    """Pieces end to end in one pack, padded to `pack_tokens`; `patches`: all of theirs, where they lie together."""
+def assemble(
+    pieces: Sequence[Piece],
+    *,
+    index: int,
+    pack_tokens: int,
+    padding: int = SOLO.eos,
+    patches: np.ndarray | None = None,
+) -> Pack:
+    """Pieces end to end in one pack, padded to `pack_tokens` with the vocabulary's EOS.
+
+    `patches`: all of theirs, where they lie together.
+    """
     assert pieces, f"pack {index} is empty"
     lengths = np.array([len(p.ids) for p in pieces], np.int64)
     ends = np.cumsum(lengths)
@@ -146,7 +157,7 @@ def assemble(pieces: Sequence[Piece], *, index: int, pack_tokens: int, patches: 
         raise ValueError(
             f"pack {index}: {total} tokens in {len(pieces)} documents > pack_tokens {pack_tokens}; pack again"
         )
-    input_ids = np.full(pack_tokens, EOS, np.int64)
+    input_ids = np.full(pack_tokens, padding, np.int64)
     targets = np.full(pack_tokens, NO_TARGET, np.int64)
     position_ids = np.zeros(pack_tokens, np.int64)
     document_ids = np.full(pack_tokens, PADDING, np.int32)
@@ -172,6 +183,27 @@ def assemble(pieces: Sequence[Piece], *, index: int, pack_tokens: int, patches: 
         targets=torch.from_numpy(targets),
         segments=segments,
     )
+
+
+def side_by_side(pieces: Sequence[Piece], pad_id: int) -> dict[str, Tensor]:
+    """Pieces as rows of a batch, padded on the left: what `SoloForCausalLM.forward` and `generate` take."""
+    n = max(len(p.ids) for p in pieces)
+    input_ids = torch.full((len(pieces), n), pad_id, dtype=torch.int64)
+    indices = torch.full((len(pieces), n), -1, dtype=torch.int64)
+    attention_mask = torch.zeros((len(pieces), n), dtype=torch.int64)
+    n_patches = 0
+    for row, piece in enumerate(pieces):
+        own = slice(n - len(piece.ids), n)
+        input_ids[row, own] = torch.from_numpy(piece.ids.astype(np.int64))
+        indices[row, own] = torch.from_numpy(np.where(piece.patch_index < 0, -1, piece.patch_index + n_patches))
+        attention_mask[row, own] = 1
+        n_patches += len(piece.patches)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "vision_patches": torch.from_numpy(np.concatenate([p.patches for p in pieces])),
+        "vision_patch_indices": indices,
+    }
 
 
 class PackLoader:
@@ -219,8 +251,8 @@ class PackLoader:
                 self._leave_out(error)
                 left_out.append(row)
         if not left_out:
-            return assemble(pieces, index=i, pack_tokens=self.pack_tokens, patches=patches)
-        pack = assemble(pieces, index=i, pack_tokens=self.pack_tokens) if pieces else self._padding(i)
+            return self._assemble(pieces, i, patches)
+        pack = self._assemble(pieces, i) if pieces else self._padding(i)
         return replace(pack, left_out=tuple(left_out))
 
     def iterate(
@@ -306,9 +338,13 @@ class PackLoader:
             raise DamagedSampleError(f"{error} (damaged document {n}, max_damaged is {self.max_damaged})") from error
         log.warning("left out, %d of at most %d: %s", n, self.max_damaged, error)
 
+    def _assemble(self, pieces: Sequence[Piece], i: int, patches: np.ndarray | None = None) -> Pack:
+        padding = self.tokenizer.vocabulary.eos
+        return assemble(pieces, index=i, pack_tokens=self.pack_tokens, padding=padding, patches=patches)
+
     def _padding(self, i: int) -> Pack:
         """Pack i where nothing of it can be read."""
         nothing = np.zeros(0, np.int32)
         width = 3 * self.tokenizer.tokens.patch_px**2
         empty = Piece("", "", nothing, nothing.astype(bool), nothing, np.empty((0, width), np.uint8))
-        return replace(assemble([empty], index=i, pack_tokens=self.pack_tokens), segments=[])
+        return replace(self._assemble([empty], i), segments=[])

@@ -137,8 +137,11 @@ class ImageClose(Spec):
 class Tokens(Spec):
     """Tokenizer and patch grid: everything a token count depends on."""
 
-    tokenizer: str = Field(description="`package:path/in/package` or a file path")
+    tokenizer: str = Field(description="`package:path/in/package` or a file path; a .model or a tokenizer.json")
     tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bos: str | None = Field(default=None, description="token that begins a document, where the file does not say it")
+    eos: str | None = Field(default=None, description="token that ends an answer, where the file does not say it")
+    text_ids: int | None = Field(default=None, gt=0, description="rows of the backbone's embedding, if more than ids")
     patch_px: int = Field(gt=0)
     max_side_px: int = Field(gt=0)
     image_close: ImageClose
@@ -159,6 +162,12 @@ class ModelSpec(Spec):
     sliding_window: int | None
     max_position_embeddings: int
     init_std: float
+    n_text_ids: int = Field(default=32_000, description="the backbone's own ids; those above are SOLO's")
+    head_dim: int | None = Field(default=None, description="hidden_size / num_attention_heads where absent")
+    qkv_bias: bool = Field(default=False, description="Qwen2 has it")
+    qk_norm: bool = Field(default=False, description="Qwen3 has it")
+    rope_scaling: dict[str, JsonValue] | None = Field(default=None, description="as in Hugging Face's config.json")
+    tie_word_embeddings: bool = False
 
 
 class Stage(Spec):

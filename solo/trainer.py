@@ -106,7 +106,7 @@ class Trainer:
         model = SoloForCausalLM.from_spec(
             ModelSpec.model_validate(task["model"] | {"init": task["init"]}), tokens, task["seed"]
         )
-        model.recompute_layers = _recomputed(model, self.stage.pack_tokens)
+        model.model.recompute_layers = _recomputed(model, self.stage.pack_tokens)
         model.train()
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.engine = deepspeed.initialize(
