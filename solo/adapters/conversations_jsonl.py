@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from solo.image_files import Pictures
 from solo.sample import Rejected, Sample, make_key
-from solo.upstream import Pictures, Record, canonical, dialogue, existing, json_lines
+from solo.upstream import Record, canonical, dialogue, existing, json_lines
 
 MARKS = ("<image>\n", "\n<image>", "<image>")
 
@@ -43,7 +44,7 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures) -> Samp
             turns[0] = turns[0].replace(mark, "")
         turns[0] = turns[0].strip()
     try:
-        messages = dialogue(turns, has_image=name is not None)
+        messages = dialogue(turns, n_images=0 if name is None else 1)
     except ValueError as error:
         return Rejected(identity, "bad_record", str(error))
     data = pictures.read(name, identity) if name is not None else b""
