@@ -6,10 +6,10 @@ the authors' SFT code does. Key: the record's content, since upstream gives no i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from solo.image_files import Pictures
+from solo.image_files import Names, Pictures
 from solo.sample import Rejected, Sample, make_key
 from solo.upstream import Record, canonical, dialogue, existing, json_lines
 
@@ -21,10 +21,11 @@ def read(
     *,
     source: str,
     records: str = "all_data.jsonl",
-    images: str | Sequence[str] = "images.tar",
+    images: Names = "images.tar",
+    flat: bool = False,
 ) -> Iterator[Sample | Rejected]:
-    """Records in order; `images` names uncompressed tars, zips or folders (`*` allowed)."""
-    pictures = Pictures(location, images)
+    """Records in order; `images` and `flat` as for `Pictures`."""
+    pictures = Pictures(location, images, flat=flat)
     for place, record in json_lines(existing(location, records)):
         yield record if isinstance(record, Rejected) else _sample(place, record, source, pictures)
 
