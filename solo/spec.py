@@ -187,6 +187,7 @@ class Tokens(Spec):
     patch_px: int = Field(gt=0)
     max_side_px: int = Field(gt=0)
     image_close: ImageClose
+    plain_eos: bool | None = Field(default=None, description="plain documents end in EOS, with loss; upstream: false")
 
 
 class ModelSpec(Spec):
