@@ -67,15 +67,14 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def cut(data: bytes, *, patch_px: int, max_side_px: int, out: np.ndarray | None = None) -> np.ndarray:
     """What `patches.patchify` gives, up to two levels where the picture is resized."""
-    pixels = _pixels(data)
-    height, width = pixels.shape
-    rows, cols = patches.grid(width, height, patch_px=patch_px, max_side_px=max_side_px)
-    pixels = _resized(pixels, rows * patch_px, cols * patch_px)
+    shown = pixels(data)
+    rows, cols = patches.grid(shown.shape[1], shown.shape[0], patch_px=patch_px, max_side_px=max_side_px)
+    shown = _resized(shown, rows * patch_px, cols * patch_px)
     if out is None:
         out = np.empty((rows * cols, 3 * patch_px * patch_px), np.uint8)
     # Row strips of a patch move as one item, then each channel is a narrowing cast: 2x a byte-wise transpose.
-    strips = pixels.view(f"V{4 * patch_px}").reshape(rows, patch_px, cols).transpose(0, 2, 1)
-    gathered = scratch.take("strips", 4 * pixels.size)
+    strips = shown.view(f"V{4 * patch_px}").reshape(rows, patch_px, cols).transpose(0, 2, 1)
+    gathered = scratch.take("strips", 4 * shown.size)
     gathered.view(strips.dtype).reshape(strips.shape)[...] = strips
     words = gathered.view("<u4").reshape(rows * cols, patch_px * patch_px)
     planes = out.reshape(rows * cols, 3, patch_px * patch_px)
@@ -86,7 +85,7 @@ def cut(data: bytes, *, patch_px: int, max_side_px: int, out: np.ndarray | None 
     return out
 
 
-def _pixels(data: bytes) -> np.ndarray:
+def pixels(data: bytes) -> np.ndarray:
     """(height, width) little-endian uint32, red in the low byte, as displayed."""
     found = _jpeg(data)
     if found is not None:
