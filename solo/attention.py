@@ -1,10 +1,10 @@
-"""Attention inside a pack: each document alone, causal, with SOLO's sliding window.
+"""Attention: who sees whom, and what each token gathers.
 
-In: the document of each token (-1 = padding) and the hidden states. Out: what each token gathers. Invariant: a
-token sees itself and the `window` tokens before it in its own document (`q - k <= window`, one more than
-transformers' mask lets it see); padding sees only itself. Who sees whom is found once per pack, for all layers.
-Cost: on CPU the pairs inside each document, one SDPA call a document; on CUDA only blocks that hold a visible pair,
-through flex_attention.
+In: hidden states, and for a pack the document of each token (-1 = padding), for a batch which tokens are real. Out:
+what each token gathers. Invariant: a token sees itself and the `window` tokens before it in its own document (`q - k <=
+window`, one more than transformers' mask lets it see); padding sees only itself. Who sees whom is found once per pack
+or batch, for all layers. Cost: on CPU the pairs inside each document, one SDPA call a document; on CUDA only blocks
+that hold a visible pair, through flex_attention; a batch masks all its pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers.cache_utils import Cache
+
+from solo.config import SoloConfig
 
 
 @dataclass(frozen=True)
@@ -28,37 +31,62 @@ class Documents:
     window: int | None
 
 
-Mask = Documents | Tensor | BlockMask
+@dataclass(frozen=True)
+class AllBefore:
+    """A batch without padding, shorter than the window: each token sees all before it."""
+
+
+Mask = Documents | AllBefore | Tensor | BlockMask
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale, over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, no biases."""
+    """Grouped-query attention with rotary positions; biases and norms of queries and keys where a backbone has them."""
 
-    def __init__(self, *, hidden_size: int, n_heads: int, n_kv_heads: int) -> None:
+    def __init__(self, config: SoloConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = hidden_size // n_heads
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, n_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, n_kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        assert config.head_dim is not None
+        self.head_dim, self.layer = config.head_dim, layer
+        wide, narrow = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
-        """(n, hidden_size) -> (n, hidden_size)."""
-        q, k, v = (p(x).view(len(x), -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (t.transpose(0, 1) for t in (_rotate(q, rotary), _rotate(k, rotary), v))
-        out: Tensor = self.o_proj(attend(q, k, v, mask).transpose(0, 1).flatten(1))
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None = None) -> Tensor:
+        """(n, d) of a pack or (batch, n, d) -> the same shape; `cache` holds what the keys before these were."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(-3, -2) for t in (_rotate(q, rotary), _rotate(k, rotary), v))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        out: Tensor = self.o_proj(attend(q, k, v, mask).transpose(-3, -2).flatten(-2))
         return out
 
 
-def rotary_angles(position_ids: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(n, 1, head_dim / 2) cosines and sines; computed in fp32, where 32,767 is still exact."""
-    steps = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angle = position_ids.float()[:, None, None] * theta**-steps
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def rotary_angles(position_ids: Tensor, *, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(..., n, 1, head_dim / 2) cosines and sines; computed in fp32, where 32,767 is still exact."""
+    angle = position_ids.float()[..., None, None] * frequencies
+    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions on (n, heads, head_dim); the halves are the pairs, as in Hugging Face's checkpoints."""
+    """Rotary positions on (..., n, heads, head_dim); the halves are the pairs, as in Hugging Face's checkpoints."""
     (a, b), (cos, sin) = x.chunk(2, -1), rotary
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -91,8 +119,29 @@ def lay_out(document_ids: Tensor, window: int | None) -> Mask:
     return Documents(torch.bincount(document_ids[document_ids >= 0]).tolist(), window)
 
 
+def batch_mask(real: Tensor, n: int, window: int | None) -> Mask:
+    """Who sees whom, for the last n of (batch, k) tokens of which those `real` are no padding: (batch, 1, n, k)."""
+    total = real.shape[1]
+    if (window is None or total <= window + 1) and n in (1, total) and bool(real.all()):
+        return AllBefore()
+    at = torch.arange(total, device=real.device)
+    place = real.cumsum(1)  # padding between tokens, if there is any, does not count for the window
+    q, k = slice(total - n, total), slice(None)
+    seen = real[:, None, :] & (at[q, None] >= at[None, k])
+    if window is not None:
+        seen &= place[:, q, None] - place[:, None, k] <= window
+    return (seen | (at[q, None] == at[None, k]))[:, None]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """(heads, n, head_dim) queries over (kv_heads, n, head_dim) keys and values -> (heads, n, head_dim)."""
+    """(..., heads, n, head_dim) queries over (..., kv_heads, k, head_dim) keys and values -> the queries' shape."""
+    if q.ndim == 4:  # a batch
+        if isinstance(mask, AllBefore):
+            causal = q.shape[2] > 1  # a single token is the last and sees all
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        assert isinstance(mask, Tensor)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert not isinstance(mask, AllBefore)
     if isinstance(mask, Documents):
         return _attend_each(q, k, v, mask)
     q, k, v = q[None], k[None], v[None]

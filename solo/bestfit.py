@@ -11,6 +11,7 @@ sums. Cost: a few microseconds a pack, memory beyond input and output of order `
 
 from __future__ import annotations
 
+import random
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
@@ -23,9 +24,18 @@ WINDOW = 512
 
 GIVE_BACK = 3  # documents of the run that may return to the stream when no exact fit closes the pack after them
 
+# Where the window holds at most so many different lengths, pairs of them have few sums, and three documents are tried:
+# questions about small pictures have twenty lengths from 18 to 61, and 19 of their 321 packs of 512 tokens were not
+# full, 2 with this. With hundreds of lengths it gains nothing and takes five times as long.
+FEW_LENGTHS = 64
+
 # Where only a few documents fill a pack, a pack is filled from the window alone: lengths uniform in 1..capacity, the
 # worst case, then pack to 98.5 % instead of 94.9 %; lengths up to half the capacity reach 99.98 % either way.
 MIN_RUN = 4
+
+# Documents packed again in other orders at the end of a stream, until no packing could be fuller: twenty packs of 1,024
+# tokens from texts of 60 to 320 miss up to 80 tokens in two orders, 2 in forty. Long streams end as they ended.
+TRIED = 4_000
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,19 @@ class Waiting:
         n = pairs.bit_length() - 1
         return (n, gap - n)
 
+    def triple(self, gap: int) -> tuple[int, ...] | None:
+        """Lengths of two or three waiting documents that close the gap, or None; None too where lengths are many."""
+        n = gap if len(self.by_length) <= FEW_LENGTHS else 0
+        while n := self.longest(n - 1):
+            pair = self.exact(gap - n)
+            if pair and len(self.by_length[n]) > pair.count(n):
+                return (n, *pair)
+        return None
+
     def longest(self, gap: int) -> int:
         """Length of the longest waiting document that fits, 0 when none does."""
+        if gap <= 0:
+            return 0
         return max((self.present & ((2 << gap) - 1)).bit_length() - 1, 0)
 
     def _remove(self, n: int) -> int:
@@ -161,6 +182,9 @@ def _close(waiting: Waiting, ends: memoryview, run: tuple[int, int], gap: int) -
             return shorter, []
         if lengths := waiting.exact(left):
             return shorter, [waiting.take(n) for n in lengths]
+    for shorter in range(stop, max(head, stop - GIVE_BACK) - 1, -1):
+        if lengths := waiting.triple(gap - (ends[shorter] - ends[head])):
+            return shorter, [waiting.take(n) for n in lengths]
     closing, left = [], gap - (ends[stop] - ends[head])
     while n := waiting.longest(left):
         closing.append(waiting.take(n))
@@ -176,11 +200,15 @@ def _last_packs(documents: list[int], lengths: memoryview, capacity: int) -> lis
     def cost(packs: list[list[int]]) -> tuple[int, int]:
         return len(packs), min(sum(lengths[i] for i in pack) for pack in packs)
 
-    total = sum(lengths[i] for i in documents)
+    n_whole, rest = divmod(sum(lengths[i] for i in documents) - 1, capacity)
+    bound = (n_whole + 1, rest + 1)
     packs = _by_subset_sums(documents, lengths, capacity, longest_first=False)
-    n_whole, rest = divmod(total - 1, capacity)
-    if cost(packs) > (n_whole + 1, rest + 1):
-        packs = min(packs, _by_subset_sums(documents, lengths, capacity, longest_first=True), key=cost)
+    shuffled = random.Random(len(documents))
+    for i in range(TRIED // len(documents)):
+        if cost(packs) <= bound:
+            break
+        others = shuffled.sample(documents, len(documents)) if i else documents
+        packs = min(packs, _by_subset_sums(others, lengths, capacity, longest_first=i % 2 == 0), key=cost)
     return packs
 
 

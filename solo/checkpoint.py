@@ -1,8 +1,9 @@
 """Checkpoints of a stage that is still running: folders that count only when complete.
 
-In: a folder that the ranks have just filled. Out: `ROOT/step-000010/` with `manifest.json` (step, world size, sha256
-of every file) written last, then renamed into place. Invariants: a folder under its final name was complete when it
-got that name, and damage done to it later is found before it is used. Cost: one hash pass per save and per resume.
+In: a folder that the ranks have just filled. Out: `ROOT/step-000010/` with `manifest.json` (the loader's state, world
+size, sha256 of every file) written last, then renamed into place. Invariants: a folder under its final name was
+complete when it got that name, and damage done to it later is found before it is used. Cost: one hash pass per save
+and per resume.
 No torch here: the supervisor reads this module before any rank starts.
 """
 
@@ -38,7 +39,8 @@ class Checkpoint:
     path: Path
     step: int  # optimizer steps done
     world_size: int  # ranks that wrote it, and that alone can read its optimizer state
-    facts: dict[str, Any]  # stage, pack plan, commit: for people, compared with nothing
+    loader: dict[str, Any]  # its state, for `Plan.step_of`
+    facts: dict[str, Any]  # stage, commit: for people, compared with nothing
 
 
 def begin(root: Path, step: int) -> Path:
@@ -54,12 +56,12 @@ def aside_of(root: Path, step: int) -> Path:
     return root / f".step-{step:06d}.tmp"
 
 
-def seal(aside: Path, *, step: int, world_size: int, facts: dict[str, Any]) -> Checkpoint:
+def seal(aside: Path, *, loader: dict[str, Any], world_size: int, facts: dict[str, Any]) -> Checkpoint:
     """Flush and hash every file, write the manifest last, rename into place, drop all but the last two."""
-    root = aside.parent
+    root, step = aside.parent, loader["step"]
     paths = sorted(p for p in aside.rglob("*") if p.is_file())
     manifest = {
-        "step": step,
+        "loader": loader,
         "world_size": world_size,
         "facts": facts,
         "files": [
@@ -77,7 +79,7 @@ def seal(aside: Path, *, step: int, world_size: int, facts: dict[str, Any]) -> C
     _flush(root)
     for _, old in _folders(root)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
-    return Checkpoint(final, step, world_size, facts)
+    return Checkpoint(final, step, world_size, loader, facts)
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -89,7 +91,7 @@ def newest(root: Path) -> Checkpoint | None:
         fault = damage(folder)
         if fault is None:
             manifest = json.loads((folder / MANIFEST).read_bytes())
-            return Checkpoint(folder, step, manifest["world_size"], manifest["facts"])
+            return Checkpoint(folder, step, manifest["world_size"], manifest["loader"], manifest["facts"])
         log.warning("%s: %s; not used, the checkpoint before it is tried", folder, fault)
         aside = folder.with_name(folder.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -102,7 +104,7 @@ def damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         entries = [(folder / f["path"], f["bytes"], f["sha256"]) for f in manifest["files"]]
-        steps = (int(manifest["step"]), int(folder.name.removeprefix("step-")))
+        steps = (int(manifest["loader"]["step"]), int(folder.name.removeprefix("step-")))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:

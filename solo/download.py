@@ -207,7 +207,7 @@ def _fetched(
     status: str,
     error: str | None,
     http_status: int | None = None,
-    **more: Any,  # noqa: ANN401 - Fetched fields
+    **more: Any,
 ) -> Fetched:
     return Fetched(f"row {row['row']}", row["url"], row["key"], status, error, http_status, **more)
 

@@ -3,8 +3,8 @@
 In: the last stage's checkpoint and a pinned question set. Out: `answers.parquet` (one row per question, in the set's
 order) and `gallery.parquet` (a few of them with a thumbnail). Invariants: every question is answered or counted as
 dropped, and counts as wrong then; the reference answer is cut off before the prompt is tokenised; scores carry the
-protocol they were made under, and `compare` refuses two different ones. Cost: two passes of `max_new_tokens` forwards
-over all prompts; chunks that are done survive a kill.
+protocol they were made under, and `compare` refuses two different ones. Cost: two passes over all
+prompts, `max_new_tokens` steps each; chunks that are done survive a kill.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from solo.patches import ImageError
 from solo.plugin import resolve
 from solo.sample import Rejected, Sample
 from solo.spec import BenchmarkSpec, Tokens
+from solo.tokens import EOS
 
 if TYPE_CHECKING:
     from solo.loader import Piece
-    from solo.model import SoloForCausalLM
     from solo.tokens import Tokenizer
 
-VERSION = 1
+VERSION = 2  # a cache of keys and values: sums in another order
 
 CHUNK_QUESTIONS = 128  # answered and written together; about a second on two cores with the sample's model
-BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}  # a CPU's attention costs the square of it, a GPU waits for small ones
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}  # tokens of prompts answered at once, padding counted
 BLANK = 128  # mid grey; resizing a constant picture gives the constant, so the blank is made of patches
 N_GALLERY = 12
 DECODING = "greedy, no ids of SOLO's own, stop at EOS"
@@ -169,8 +169,7 @@ class _Judge:
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: SoloForCausalLM = SoloForCausalLM.from_pretrained(trained.path / "checkpoint").eval()  # type: ignore
-        self.model = model.to(device)  # type: ignore[arg-type]
+        self.model = SoloForCausalLM.from_pretrained(trained.path / "checkpoint").to(device)  # type: ignore[arg-type]
         self.tokenizer: Tokenizer = Tokenizer(tokens)
         self.benchmark = benchmark
         self.scorer = resolve("benchmarks", benchmark.scorer)
@@ -207,15 +206,25 @@ class _Judge:
         return piece if len(piece.ids) <= longest else "over_long"
 
     def complete(self, pieces: Sequence[Piece]) -> list[str]:
-        """Responses as text; equal prompts (a blind set has few others) are asked once."""
+        """Responses as text; equal prompts (a blind set has few others) are asked once, like lengths together."""
         unique = {p.ids.tobytes() + p.patches.tobytes(): p for p in pieces}
-        ids = self.model.complete(
-            list(unique.values()),
-            max_new_tokens=self.benchmark.max_new_tokens,
-            batch_tokens=BATCH_TOKENS[self.model.device.type],
-        )
-        said = {key: self.tokenizer.decode(one).strip() for key, one in zip(unique, ids, strict=True)}
+        order = sorted(unique, key=lambda key: (len(unique[key].ids), key))
+        said: dict[bytes, str] = {}
+        while order:
+            longest = BATCH_TOKENS[self.model.device.type]
+            n = max(1, sum((i + 1) * len(unique[key].ids) <= longest for i, key in enumerate(order)))
+            batch, order = order[:n], order[n:]
+            said |= dict(zip(batch, self._generate([unique[key] for key in batch]), strict=True))
         return [said[p.ids.tobytes() + p.patches.tobytes()] for p in pieces]
+
+    def _generate(self, prompts: Sequence[Piece]) -> list[str]:
+        """Greedy answers to a batch, up to the EOS that ends them."""
+        from solo.loader import side_by_side
+
+        rows = {name: t.to(self.model.device) for name, t in side_by_side(prompts, EOS).items()}
+        ids = self.model.generate(**rows, max_new_tokens=self.benchmark.max_new_tokens, do_sample=False)
+        new = ids[:, rows["input_ids"].shape[1] :].tolist()
+        return [self.tokenizer.decode(one[: one.index(EOS)] if EOS in one else one).strip() for one in new]
 
     def row(self, sample: Sample, response: str, blind: str) -> Row:
         """One answered question."""

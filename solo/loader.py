@@ -79,7 +79,7 @@ class Pack:
     patch_index: Tensor  # (n,) int64, -1 or a row of `patches`
     targets: Tensor  # (n,) int64: the id to predict AT this position (already shifted), -100 = none
     segments: list[tuple[str, str, int, int]]  # (source, key, first, last): tokens first <= i < last are its own
-    left_out: tuple[tuple[str, str], ...] = ()  # (source, key) of planned documents that were damaged
+    left_out: tuple[dict[str, Any], ...] = ()  # rows of the plan whose documents were damaged
 
     @property
     def n_tokens(self) -> int:
@@ -174,6 +174,27 @@ def assemble(pieces: Sequence[Piece], *, index: int, pack_tokens: int, patches: 
     )
 
 
+def side_by_side(pieces: Sequence[Piece], pad_id: int) -> dict[str, Tensor]:
+    """Pieces as rows of a batch, padded on the left: what `SoloForCausalLM.forward` and `generate` take."""
+    n = max(len(p.ids) for p in pieces)
+    input_ids = torch.full((len(pieces), n), pad_id, dtype=torch.int64)
+    indices = torch.full((len(pieces), n), -1, dtype=torch.int64)
+    attention_mask = torch.zeros((len(pieces), n), dtype=torch.int64)
+    n_patches = 0
+    for row, piece in enumerate(pieces):
+        own = slice(n - len(piece.ids), n)
+        input_ids[row, own] = torch.from_numpy(piece.ids.astype(np.int64))
+        indices[row, own] = torch.from_numpy(np.where(piece.patch_index < 0, -1, piece.patch_index + n_patches))
+        attention_mask[row, own] = 1
+        n_patches += len(piece.patches)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "vision_patches": torch.from_numpy(np.concatenate([p.patches for p in pieces])),
+        "vision_patch_indices": indices,
+    }
+
+
 class PackLoader:
     """Packs of one plan by number; threads may share one."""
 
@@ -217,7 +238,7 @@ class PackLoader:
                 pieces.append(self._piece(row, patches[end - row["n_patches"] : end]))
             except DamagedSampleError as error:
                 self._leave_out(error)
-                left_out.append((row["source"], row["key"]))
+                left_out.append(row)
         if not left_out:
             return assemble(pieces, index=i, pack_tokens=self.pack_tokens, patches=patches)
         pack = assemble(pieces, index=i, pack_tokens=self.pack_tokens) if pieces else self._padding(i)

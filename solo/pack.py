@@ -26,12 +26,14 @@ import pyarrow.parquet as pq
 
 from solo import balance, bestfit, proof
 from solo.artifact import Job, LedgerError, Result
-from solo.pack_plan import COUNTED, PACKS, PLAN, Pieces, Planned, write_packs, write_plan
+from solo.pack_plan import COUNTED, MIX, PACKS, PLAN, Pieces, Planned, write_packs, write_plan
 from solo.spec import SpecError, Tokens
 
 __all__ = ["PACKS", "PLAN", "VERSION", "run"]
 
-VERSION = 2  # 2: packs of a step ordered for equal attention; an incomplete batch drops the emptiest packs
+# 2: packs of a step ordered for equal attention; an incomplete batch drops the emptiest packs
+# 3: the ends of sources share packs; more orders tried for the end of a stream; another order inside a step
+VERSION = 3
 
 OVER_LONG = "over_long"
 INCOMPLETE_BATCH = "incomplete_batch"
@@ -94,7 +96,7 @@ def make_plan(job: Job) -> Result:
     n_tokens = pieces.counts["n_tokens"][order]
     packs, left_out = whole_batches(packs, np.add.reduceat(n_tokens, first[:-1]), batch_packs)
     costs = np.add.reduceat(n_tokens**2, first[:-1])
-    packs, balanced = balance_steps(packs, costs, batch_packs)
+    packs, balanced = balance.steps(packs, costs, batch_packs)
     plan = members(order, first, packs)
     write_plan(job.out, pieces, plan)
     write_packs(job.out, pieces, plan, by_source=by_source)
@@ -102,8 +104,10 @@ def make_plan(job: Job) -> Result:
     sources = check_sums(f"pack/{job.name}", con, lock, job.out / "plan.parquet", lost)
     con.close()
     made = result(pieces, plan, lost, sources, pack_tokens)
-    filled = fills(pq.read_table(job.out / "packs.parquet", columns=["n_tokens", "source"]), pack_tokens)
-    return replace(made, stats=made.stats | filled | {"attention_imbalance": balanced})
+    written = pq.read_table(job.out / "packs.parquet", columns=["n_tokens", "source"])
+    filled = fills(written["n_tokens"].to_numpy().astype(np.int64), pack_tokens)
+    n_shared = pc.sum(pc.equal(written["source"], MIX)).as_py() if by_source else None
+    return replace(made, stats=made.stats | filled | {"n_shared_packs": n_shared, "attention_imbalance": balanced})
 
 
 def cut(exposures: pa.Table, pack_tokens: int) -> Pieces:
@@ -127,16 +131,45 @@ def cut(exposures: pa.Table, pack_tokens: int) -> Pieces:
 
 
 def assign(pieces: Pieces, pack_tokens: int, *, by_source: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces in the order they are placed, and where each pack begins in that order (and the last one ends)."""
+    """Pieces in the order they are placed, and where each pack begins in that order (and the last one ends).
+
+    Where a pack holds one source, the ends of sources, one pack each that is not full, are packed together if that
+    takes fewer packs, or as many with one of them emptier.
+    """
+    n_tokens = pieces.counts["n_tokens"]
     # The stream is sorted by source where a pack holds one source, so each source is one stretch of it.
     borders = np.flatnonzero(np.diff(pieces.source)) + 1 if by_source else np.zeros(0, dtype=np.int64)
-    stretches = np.split(np.arange(len(pieces.row)), borders)
-    orders, firsts = [], [np.zeros(1, dtype=np.int64)]
-    for stretch in stretches:
-        packs = bestfit.pack(pieces.counts["n_tokens"][stretch], pack_tokens)
-        orders.append(stretch[packs.order])
-        firsts.append(packs.first[1:] + firsts[-1][-1])
-    return np.concatenate(orders), np.concatenate(firsts)
+    made = [_packed(part, n_tokens, pack_tokens) for part in np.split(np.arange(len(pieces.row)), borders)]
+    parted = [_without_end(order, sizes, n_tokens, pack_tokens) for order, sizes in made]
+    ends = [end for _, _, end in parted if len(end)]
+    if len(ends) > 1:
+        shared = _packed(np.concatenate(ends), n_tokens, pack_tokens)
+        emptiest = np.add.reduceat(n_tokens[shared[0]], np.cumsum(shared[1]) - shared[1]).min()
+        if (len(shared[1]), emptiest) < (len(ends), min(n_tokens[end].sum() for end in ends)):
+            made = [*((order, sizes) for order, sizes, _ in parted), shared]
+    sizes = np.concatenate([sizes for _, sizes in made])
+    return np.concatenate([order for order, _ in made]), np.append(0, np.cumsum(sizes))
+
+
+def _packed(part: np.ndarray, n_tokens: np.ndarray, pack_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some pieces in the order they are placed, and how many each pack holds."""
+    packs = bestfit.pack(n_tokens[part], pack_tokens)
+    return part[packs.order], np.diff(packs.first)
+
+
+def _without_end(
+    order: np.ndarray, sizes: np.ndarray, n_tokens: np.ndarray, pack_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packs without the emptiest, where one is not full, and the pieces of that one."""
+    if not len(sizes):
+        return order, sizes, order
+    first = np.cumsum(sizes) - sizes
+    held = np.add.reduceat(n_tokens[order], first)
+    end = int(held.argmin())
+    if held[end] == pack_tokens:
+        return order, sizes, order[:0]
+    rows = slice(first[end], first[end] + sizes[end])
+    return np.delete(order, rows), np.delete(sizes, end), order[rows]
 
 
 def arrange(pieces: Pieces, leaders: np.ndarray, seed: int) -> np.ndarray:
@@ -163,20 +196,6 @@ def whole_batches(packs: np.ndarray, n_tokens: np.ndarray, batch_packs: int) -> 
     return packs[~is_out], packs[is_out]
 
 
-def balance_steps(packs: np.ndarray, costs: np.ndarray, batch_packs: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """The same packs in each step in an order that balances ranks, and dearest / mean rank in both orders."""
-    steps = packs.reshape(-1, batch_packs)
-    ordered = np.concatenate([step[balance.order(costs[step])] for step in steps])
-    found: dict[str, Any] = {}
-    for ranks in balance.WORLD_SIZES[1:]:
-        if batch_packs % ranks:
-            continue
-        before, after = (balance.imbalance(costs[p], batch_packs, ranks) for p in (packs, ordered))
-        one = {"arrival": before, "ordered": after}
-        found[f"{ranks}_ranks"] = {k: {"mean": _round(v.mean()), "max": _round(v.max())} for k, v in one.items()}
-    return ordered, found
-
-
 def members(order: np.ndarray, first: np.ndarray, packs: np.ndarray) -> Planned:
     """Pieces of the given packs, pack after pack, with the packs numbered anew."""
     sizes = np.diff(first)[packs]
@@ -185,20 +204,14 @@ def members(order: np.ndarray, first: np.ndarray, packs: np.ndarray) -> Planned:
     return Planned(order[first[packs][number] + slot], number)
 
 
-def fills(packs: pa.Table, pack_tokens: int) -> dict[str, Any]:
-    """Share of the packs that is tokens: of all, without the emptiest of each source, and what no packing can exceed.
-
-    A source ends in the middle of a pack, and another source may not fill it where a pack holds one.
-    """
-    n_tokens, sources = packs["n_tokens"].to_numpy().astype(np.int64), np.array(packs["source"].to_pylist())
-    groups = [n_tokens[sources == source] for source in np.unique(sources)]
-    n_least = sum(-(-group.sum() // pack_tokens) for group in groups)
-    whole = [group.sum() - group.min() for group in groups if len(group) > 1]
-    n_whole = sum(len(group) - 1 for group in groups)
+def fills(n_tokens: np.ndarray, pack_tokens: int) -> dict[str, Any]:
+    """Share of the trained packs that is tokens: of all, without the emptiest, and what no packing can exceed."""
+    total = int(n_tokens.sum())
+    others = len(n_tokens) - 1
     return {
-        "fill": _round(n_tokens.sum() / (len(n_tokens) * pack_tokens)),
-        "fill_without_last": _round(sum(whole) / (n_whole * pack_tokens)) if n_whole else None,
-        "fill_limit": _round(n_tokens.sum() / (n_least * pack_tokens)),
+        "fill": _round(total / (len(n_tokens) * pack_tokens)),
+        "fill_without_last": _round((total - n_tokens.min()) / (others * pack_tokens)) if others else None,
+        "fill_limit": _round(total / (-(-total // pack_tokens) * pack_tokens)),
     }
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROW_GROUP = 65_536
-MIX = "mix"  # the source of a pack that may hold any
+MIX = "mix"  # the source of a pack that may hold any, or that holds the ends of several
 
 PLAN = pa.schema(
     [
@@ -105,7 +105,10 @@ def write_plan(out: Path, pieces: Pieces, plan: Planned) -> None:
 def write_packs(out: Path, pieces: Pieces, plan: Planned, *, by_source: bool) -> None:
     """One row per pack: its rows in the plan, its sums and its source."""
     first = plan.first
-    sources = [pieces.sources[i] if by_source else MIX for i in pieces.source[plan.piece[first]]]
+    held = pieces.source[plan.piece]
+    least, most = np.minimum.reduceat(held, first), np.maximum.reduceat(held, first)
+    is_one = by_source & (least == most)
+    sources = [pieces.sources[i] if one else MIX for i, one in zip(least, is_one, strict=True)]
     columns = {"pack": np.arange(len(first)), "first_row": first, "n_rows": np.diff(first, append=len(plan.pack))}
     columns |= {name: np.add.reduceat(pieces.counts[name][plan.piece], first) for name in COUNTED}
     table = pa.table(columns | {"source": pa.array(sources)}).cast(PACKS)

@@ -50,6 +50,7 @@ TOLERANCE = 1e-4  # nats a token
 MODEL = ModelSpec(
     init="random",
     vocab_size=N_IDS,
+    n_text_ids=N_IDS,
     hidden_size=32,
     intermediate_size=64,
     num_hidden_layers=2,

@@ -152,10 +152,13 @@ def _pack(m: Manifest, inputs: Sequence[Manifest]) -> Iterator[tuple[str, Any, A
 def _train(m: Manifest, inputs: Sequence[Manifest]) -> Iterator[tuple[str, Any, Any]]:
     for i in inputs:
         if i.part == "pack":
-            yield f"{m.id}: packs in = packs of {i.id}", m.counts["in"], i.stats["n_packs"]
-            yield f"{m.id}: packs trained = packs of {i.id}", m.counts["kept"], i.stats["n_packs"]
-            yield f"{m.id}: tokens = tokens of {i.id}", m.stats["n_tokens"], i.stats["n_tokens"]
-            yield f"{m.id}: loss tokens = loss tokens of {i.id}", m.stats["n_loss_tokens"], i.stats["n_loss_tokens"]
+            yield f"{m.id}: in = kept by {i.id}", m.counts["in"], i.counts["kept"]
+            yield f"{m.id}: packs trained = packs of {i.id}", m.stats["n_packs"], i.stats["n_packs"]
+            out = m.stats["left_out"]
+            trained = m.stats["n_tokens"] + out["tokens"]
+            yield f"{m.id}: tokens trained + left out = tokens of {i.id}", trained, i.stats["n_tokens"]
+            trained = m.stats["n_loss_tokens"] + out["loss_tokens"]
+            yield f"{m.id}: loss tokens trained + left out = those of {i.id}", trained, i.stats["n_loss_tokens"]
     for field in ("n_tokens", "n_loss_tokens"):
         yield from _sums(m, field)
 
@@ -213,7 +216,7 @@ def _stage(m: Manifest, by_id: Mapping[str, Manifest]) -> Row:
     return {
         "name": m.name,
         "mix": pack.name if pack else None,
-        "packs": m.counts["kept"],
+        "packs": m.stats["n_packs"],
         "steps": m.stats["n_steps"],
         "tokens": m.stats["n_tokens"],
         "loss_tokens": m.stats["n_loss_tokens"],

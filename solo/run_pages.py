@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from solo import gallery
 from solo.artifact import Artifact
@@ -33,14 +34,15 @@ def train_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
             "steps": s["n_steps"],
             "tokens": s["n_tokens"],
             "loss tokens": s["n_loss_tokens"],
+            "left out": s["left_out"]["documents"],
             "loss first": s["loss_first"],
             "loss last": s["loss_last"],
             "tokens/s": s.get("tokens_per_s"),
         }
         for source, own in s.get("sources", {}).items():
             counts = {"tokens": own["n_tokens"], "loss tokens": own["n_loss_tokens"], "loss last": own.get("loss_last")}
-            empty = dict.fromkeys(("packs", "steps", "tokens", "loss tokens", "loss first", "loss last", "tokens/s"))
-            yield {"stage": a.manifest.name, "source": source, **empty, **counts}
+            names = ("packs", "steps", "tokens", "loss tokens", "left out", "loss first", "loss last", "tokens/s")
+            yield {"stage": a.manifest.name, "source": source, **dict.fromkeys(names), **counts}
 
 
 def train_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
@@ -48,6 +50,7 @@ def train_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     yield "# Train: the stages"
     rows = list(train_rows(artifacts))
     yield table([{k: v for k, v in row.items() if k != "source"} for row in rows if row["source"] == "(all)"])
+    yield from _left_out(artifacts)
     metrics = {a.manifest.name: _metrics(a) for a in artifacts}
     starts = dict(zip(metrics, np.cumsum([0, *(len(m) for m in metrics.values())]), strict=False))
     over = {name: [starts[name] + i + 1 for i in range(len(m))] for name, m in metrics.items()}
@@ -65,6 +68,21 @@ def train_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     yield "## Tokens and last loss by source"
     names = ("stage", "source", "tokens", "loss tokens", "loss last")
     yield table([{k: row[k] for k in names} for row in rows if row["source"] != "(all)"])
+
+
+def _left_out(artifacts: Sequence[Artifact]) -> Iterator[str]:
+    """The planned documents that no stage could read, by name; nothing where all were read."""
+    found = []
+    for a in (a for a in artifacts if a.manifest.stats["left_out"]["documents"]):
+        packs = pq.read_table(a.path / "trained.parquet", columns=["pack", "left_out"]).to_pylist()
+        for pack in packs:
+            names = ("source", "key", "exposure", "begin", "n_tokens")
+            found += [
+                {"stage": a.manifest.name, "pack": pack["pack"]} | {k: r[k] for k in names} for r in pack["left_out"]
+            ]
+    if found:
+        yield "## Planned documents left out because they are damaged"
+        yield table(found)
 
 
 def evaluate_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:

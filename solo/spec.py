@@ -166,6 +166,12 @@ class ModelSpec(Spec):
     sliding_window: int | None
     max_position_embeddings: int
     init_std: float
+    n_text_ids: int = Field(default=32_000, description="the backbone's own ids; those above are SOLO's")
+    head_dim: int | None = Field(default=None, description="hidden_size / num_attention_heads where absent")
+    qkv_bias: bool = Field(default=False, description="Qwen2 has it")
+    qk_norm: bool = Field(default=False, description="Qwen3 has it")
+    rope_scaling: dict[str, JsonValue] | None = Field(default=None, description="as in Hugging Face's config.json")
+    tie_word_embeddings: bool = False
 
 
 class Stage(Spec):

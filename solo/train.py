@@ -1,9 +1,10 @@
 """train: one stage on DeepSpeed, launched and watched as a process group of its own.
 
 In: a pack plan, the shards it names, the weights of the stage before. Out: `checkpoint/` (Hugging Face layout),
-`trained.parquet` (one row per pack), and, volatile, `metrics.jsonl` and `train.log`. Invariants: the trained packs and
-tokens equal the plan's; a stage killed at any step and run again gives the bytes of an undisturbed run (same ranks,
-same kind of machine); no process outlives this one. No torch here: it costs two seconds, and the ranks load it anyway.
+`trained.parquet` (one row per pack), and, volatile, `metrics.jsonl` and `train.log`. Invariants: what was trained, with
+the documents left out as damaged, is the plan, pack by pack; a stage killed at any step and run again gives the bytes
+of an undisturbed run (same ranks, same kind of machine); no process outlives this one. No torch here: it costs two
+seconds, and the ranks load it anyway.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint
-from solo.artifact import Job, LedgerError, Result, canonical, write_atomic
+from solo import checkpoint, trained
+from solo.artifact import Job, Result, canonical, write_atomic
+from solo.plan import Plan
 from solo.spec import Stage
 
-VERSION = 1
+VERSION = 2  # 2: trained.parquet names the documents left out; counts are of documents
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +239,7 @@ def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, An
             f"train/{job.name}: {found.path} holds the optimizer state of {found.world_size} ranks, this run has "
             f"{ranks}; set SOLO_RANKS={found.world_size}, or delete {checkpoints} to start the stage afresh"
         )
+    plan = job.one("pack").path.resolve()
     return {
         "stage": job.spec["stage"],
         "model": job.spec["model"],
@@ -244,12 +247,12 @@ def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, An
         "seed": job.spec["seed"],
         "device": device,
         "deepspeed": deepspeed_config(path, stage, ranks),
-        "plan": str(job.one("pack").path.resolve()),
+        "plan": str(plan),
         "plan_digest": job.one("pack").manifest.digest,
         "shards": {name: str(shard.path.resolve()) for name, shard in sorted(job.of("shard").items())},
         "init": str(before[0].path / "checkpoint") if before else init if init == "random" else str(job.specs / init),
         "resume": str(found.path) if found else None,
-        "first_step": found.step if found else 0,
+        "first_step": Plan(plan).step_of(found.loader) if found else 0,
         "work": str(job.work.resolve()),
         "out": str(job.out.resolve()),
     }
@@ -347,41 +350,24 @@ def _left(job: Job) -> str:
 
 def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
     """Compare what the ranks say they trained with the plan, pack by pack, and sum it up."""
-    trained = pq.read_table(job.out / "trained.parquet")
-    columns = ["pack", "n_tokens", "n_loss_tokens"]
-    for column in columns:
-        if trained[column].combine_chunks() != plan[column].cast(trained[column].type).combine_chunks():
-            ours, theirs = (f"{t.num_rows} packs, {pc.sum(t[column])} {column}" for t in (trained, plan))
-            raise LedgerError(f"train/{job.name}: trained {ours} != planned {theirs}, or not pack by pack ({column})")
+    table = pq.read_table(job.out / "trained.parquet")
+    trained.check(f"train/{job.name}", table, plan)
+    left_out = trained.left_out(table)
     metrics = [json.loads(line) for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
     facts = json.loads((job.out / "checkpoint" / "solo.json").read_bytes())
     stats: dict[str, Any] = {
-        "n_packs": trained.num_rows,
+        "n_packs": table.num_rows,
         "n_steps": n_steps,
-        "n_tokens": pc.sum(trained["n_tokens"]).as_py(),
-        "n_loss_tokens": pc.sum(trained["n_loss_tokens"]).as_py(),
+        "n_tokens": pc.sum(table["n_tokens"]).as_py(),
+        "n_loss_tokens": pc.sum(table["n_loss_tokens"]).as_py(),
+        "left_out": left_out,
         "loss_first": metrics[0]["loss"],
         "loss_last": metrics[-1]["loss"],
         "tokens_per_s": round(statistics.median(m["tokens_per_s"] for m in metrics), 1),
         "input_stall_share": round(sum(m["input_stall_s"] for m in metrics) / sum(m["step_s"] for m in metrics), 4),
         "ranks": ranks,
         "n_parameters": facts["n_parameters"],
-        "sources": _by_source(trained, metrics),
+        "sources": trained.by_source(table, metrics),
     }
-    n_trained = trained.num_rows
-    return Result(plan.num_rows, n_trained, {}, stats, volatile=("metrics.jsonl", "train.log"))
-
-
-def _by_source(trained: pa.Table, metrics: Sequence[Metrics]) -> dict[str, dict[str, Any]]:
-    rows = pc.list_flatten(trained["sources"]).combine_chunks()
-    table = pa.table({name: rows.field(name) for name in ("source", "n_tokens", "n_loss_tokens")})
-    sums = table.group_by("source").aggregate([("n_tokens", "sum"), ("n_loss_tokens", "sum")]).sort_by("source")
-    last = {source: loss for m in metrics for source, loss in m["sources"].items()}
-    return {
-        row["source"]: {
-            "n_tokens": row["n_tokens_sum"],
-            "n_loss_tokens": row["n_loss_tokens_sum"],
-            "loss_last": last.get(row["source"]),
-        }
-        for row in sums.to_pylist()
-    }
+    n_in, n_out = job.one("pack").manifest.counts["kept"], left_out["documents"]
+    return Result(n_in, n_in - n_out, {trained.DAMAGED: n_out}, stats, volatile=("metrics.jsonl", "train.log"))

@@ -3,8 +3,9 @@
 In: a job file (plan, shards, weights to start from, stage, DeepSpeed configuration). Out: one JSON line per optimizer
 step on stdout (rank 0), checkpoints in the work folder, at the end `trained.parquet` and `checkpoint/`. Invariants:
 optimizer step s trains packs [(s-1)B, sB) whatever the number of ranks; all ranks make the same collective calls, so
-also a pack without targets or images is run; rows of packs are part of a checkpoint. Cost: the model's, plus one
-all-reduce of a few numbers a step, which also carries the wish to stop.
+also a pack without targets or images is run; the loader's state and the rows of packs are part of a checkpoint. Cost:
+the model's, plus one all-reduce of a few numbers a step, which also carries the wish to stop; one more, before the
+first pass and after all packs of the step are loaded, where a token average must count documents left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from solo import checkpoint
+from solo import checkpoint, trained
 from solo.artifact import commit, write_atomic
-from solo.loader import NO_TARGET, Pack, PackLoader
+from solo.loader import Pack, PackLoader
 from solo.model import SoloForCausalLM
 from solo.spec import ModelSpec, Stage, Tokens
+from solo.trained import ROW
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +50,6 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 STOPPED = 128 + signal.SIGTERM  # exit code of a rank that was told to stop and did so in good order
 ACTIVATION_BYTES = 28  # kept per token, layer and channel of hidden + intermediate in bf16, about; measured by none
 MEMORY_SHARE = 0.2  # of a GPU's memory for activations; beyond it every layer is computed again in the backward pass
-
-SOURCE = pa.struct(
-    [("source", pa.string()), ("n_tokens", pa.int64()), ("n_loss_tokens", pa.int64()), ("loss", pa.float64())]
-)
-ROW = pa.schema(
-    [
-        ("pack", pa.int64()),
-        ("step", pa.int64()),
-        ("loss", pa.float64()),  # mean cross entropy of the pack's supervised tokens; null where it has none
-        ("n_tokens", pa.int64()),
-        ("n_loss_tokens", pa.int64()),
-        ("sources", pa.list_(SOURCE)),
-    ]
-)
 
 
 def learning_rate(step: int, stage: Stage, n_steps: int) -> float:
@@ -75,6 +63,18 @@ def learning_rate(step: int, stage: Stage, n_steps: int) -> float:
     done = (step - stage.warmup_steps) / (n_steps - stage.warmup_steps)
     left = 0.5 * (1.0 + math.cos(math.pi * done)) if stage.schedule == "cosine" else 1.0 - done
     return stage.min_learning_rate + (stage.learning_rate - stage.min_learning_rate) * left
+
+
+class PackLoss(nn.Module):
+    """What DeepSpeed wraps: engines call `forward`, and the model's own is Hugging Face's."""
+
+    def __init__(self, solo: SoloForCausalLM) -> None:
+        super().__init__()
+        self.solo = solo
+
+    def forward(self, pack: Pack) -> Tensor:
+        """(n_supervised,) cross entropies."""
+        return self.solo.pack_losses(pack)
 
 
 class Trainer:
@@ -102,14 +102,18 @@ class Trainer:
         self.stop = False
         self.step = 0
         self.rows: list[dict[str, Any]] = []
+        self.stall_s, self.n_targets = 0.0, 0  # of the step: waiting for packs, supervised tokens over all ranks
         model = SoloForCausalLM.from_spec(
             ModelSpec.model_validate(task["model"] | {"init": task["init"]}), tokens, task["seed"]
         )
-        model.recompute_layers = _recomputed(model, self.stage.pack_tokens)
+        model.model.recompute_layers = _recomputed(model, self.stage.pack_tokens)
         model.train()
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.engine = deepspeed.initialize(
-            model=model, optimizer=_optimizer(model, self.stage), config=task["deepspeed"], dist_init_required=False
+            model=PackLoss(model),
+            optimizer=_optimizer(model, self.stage),
+            config=task["deepspeed"],
+            dist_init_required=False,
         )[0]
         if task["resume"]:
             self._load(Path(task["resume"]))
@@ -144,49 +148,64 @@ class Trainer:
         """One optimizer step: this rank's packs forward and backward, the update, the sums over ranks."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.stage, self.n_steps)
+        self.stall_s = 0.0
+        own: Iterable[Pack] = (self._next(packs) for _ in range(self.stage.batch_packs // self.n_ranks))
+        self.n_targets = int(self.step_targets[self.step - 1])
+        if self.stage.loss_average == "token" and self.stage.max_damaged:
+            own = list(own)  # only then is it known which documents are left out, and the first backward pass needs it
+            self.n_targets = int(self._sum([sum(pack.n_loss_tokens for pack in own)])[0])
         done: list[tuple[Pack, Tensor]] = []
-        stall_s = 0.0
-        for _ in range(self.stage.batch_packs // self.n_ranks):
-            began = time.monotonic()
-            pack = next(packs)
-            stall_s += time.monotonic() - began
+        for pack in own:
             losses = self.engine(pack)  # (n_supervised,)
             self.engine.backward(losses.sum() * self._scale(len(losses)))
             self.engine.step()
             done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
-        rows = [_row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
+        rows = [trained.row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
         self.rows += rows
-        return self._reduce(rows, stall_s)
+        return self._reduce(rows)
+
+    def _next(self, packs: Iterator[Pack]) -> Pack:
+        """The next pack, the wait for it counted."""
+        began = time.monotonic()
+        pack = next(packs)
+        self.stall_s += time.monotonic() - began
+        return pack
+
+    def _sum(self, own: Sequence[float] | np.ndarray) -> list[float]:
+        """Numbers of this rank, summed over all: a collective, so every rank calls it or none."""
+        shared = torch.tensor(own, device=self.engine.device, dtype=torch.float64)
+        dist.all_reduce(shared)
+        summed: list[float] = shared.cpu().tolist()
+        return summed
 
     def _scale(self, n_targets: int) -> float:
         """What a pack's summed losses are multiplied with, so that the mean over the batch is the step's loss."""
         if self.stage.loss_average == "pack":
             return 1.0 / max(n_targets, 1)
-        return self.stage.batch_packs / max(int(self.step_targets[self.step - 1]), 1)
+        return self.stage.batch_packs / max(self.n_targets, 1)
 
-    def _reduce(self, rows: list[dict[str, Any]], stall_s: float) -> tuple[dict[str, Any], bool]:
+    def _reduce(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """Sums of the step over all ranks, and whether any rank was told to stop."""
-        n = len(self.sources)
-        own = np.zeros(5 + 2 * n)
-        own[:2] = self.stop, stall_s
+        n, first = len(self.sources), 6
+        own = np.zeros(first + 2 * n)
+        own[:2] = self.stop, self.stall_s
         for row in rows:
             loss = row["loss"] or 0.0
             own[2] += loss * row["n_loss_tokens"] * self._scale(row["n_loss_tokens"]) / self.stage.batch_packs
-            own[3:5] += row["n_tokens"], row["n_loss_tokens"]
+            own[3:6] += row["n_tokens"], row["n_loss_tokens"], len(row["left_out"])
             for source in row["sources"]:
-                i = 5 + self.sources.index(source["source"])
+                i = first + self.sources.index(source["source"])
                 own[i] += (source["loss"] or 0.0) * source["n_loss_tokens"]
                 own[i + n] += source["n_loss_tokens"]
-        shared = torch.from_numpy(own).to(self.engine.device)
-        dist.all_reduce(shared)
-        total = shared.cpu().tolist()
-        losses = {s: total[5 + i] / total[5 + n + i] for i, s in enumerate(self.sources) if total[5 + n + i]}
+        total = self._sum(own)
+        of_sources = zip(self.sources, total[first : first + n], total[first + n :], strict=True)
         sums = {
             "loss": total[2],
             "tokens": int(total[3]),
             "loss_tokens": int(total[4]),
+            "left_out": int(total[5]),
             "input_stall_s": round(total[1] / self.n_ranks, 4),
-            "sources": {source: round(loss, 6) for source, loss in losses.items()},
+            "sources": {source: round(loss / n_loss, 6) for source, loss, n_loss in of_sources if n_loss},
         }
         return sums, bool(total[0])
 
@@ -216,8 +235,8 @@ class Trainer:
         pq.write_table(pa.Table.from_pylist(self.rows, ROW), aside / f"rows-{self.rank:05d}.parquet")
         dist.barrier()
         if self.rank == 0:
-            facts = {"stage": self.stage.name, "plan": self.task["plan_digest"], "commit": commit()}
-            made = checkpoint.seal(aside, step=self.step, world_size=self.n_ranks, facts=facts)
+            state, facts = self.loader.plan.state(self.step), {"stage": self.stage.name, "commit": commit()}
+            made = checkpoint.seal(aside, loader=state, world_size=self.n_ranks, facts=facts)
             log.info("checkpoint %s", made.path)
         dist.barrier()  # else a rank told to stop may leave, and end the job, before the manifest is written
 
@@ -225,6 +244,7 @@ class Trainer:
         self.step = int(self.task["first_step"])
         self.engine.load_checkpoint(str(folder), tag=f"global_step{self.step}")
         self.rows = pq.read_table(folder / f"rows-{self.rank:05d}.parquet").to_pylist()
+        self.loader.n_left_out = sum(len(row["left_out"]) for row in self.rows)  # max_damaged is that of the stage
 
     def _finish(self) -> None:
         """Rows of all ranks in pack order, then the weights; `checkpoint/` comes last and says that all is there."""
@@ -237,7 +257,7 @@ class Trainer:
             aside.replace(self.out / "trained.parquet")
             folder = self.work / "checkpoint"
             shutil.rmtree(folder, ignore_errors=True)
-            self.engine.module.save_pretrained(folder)
+            self.engine.module.solo.save_pretrained(folder)
             facts = {
                 "stage": self.stage.name,
                 "n_steps": self.n_steps,
@@ -247,27 +267,6 @@ class Trainer:
             write_atomic(folder / "solo.json", json.dumps(facts, indent=1).encode())
             folder.replace(self.out / "checkpoint")
         dist.barrier()
-
-
-def _row(pack: Pack, losses: np.ndarray, step: int) -> dict[str, Any]:
-    """What a pack was and cost, counted from the tensors that were trained."""
-    sources: dict[str, list[Any]] = {}
-    for (source, _, first, last), (_, _, a, b) in zip(pack.segments, pack.loss_ranges(), strict=True):
-        sums = sources.setdefault(source, [0, 0, 0.0])
-        sums[0] += last - first
-        sums[1] += b - a
-        sums[2] += float(losses[a:b].sum())
-    return {
-        "pack": pack.index,
-        "step": step,
-        "loss": float(losses.mean()) if len(losses) else None,
-        "n_tokens": int((pack.document_ids >= 0).sum()),
-        "n_loss_tokens": int((pack.targets != NO_TARGET).sum()),
-        "sources": [
-            {"source": s, "n_tokens": n, "n_loss_tokens": n_loss, "loss": total / n_loss if n_loss else None}
-            for s, (n, n_loss, total) in sorted(sources.items())
-        ],
-    }
 
 
 def _optimizer(model: torch.nn.Module, stage: Stage) -> torch.optim.AdamW:

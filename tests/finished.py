@@ -84,7 +84,9 @@ def train(job: Job) -> Result:
     stats = {k: planned[k] for k in ("n_packs", *names)} | {"n_steps": 7, "loss_first": 9.0, "loss_last": 3.0}
     sources = {s: {k: v[k] for k in names} | {"loss_last": 3.0} for s, v in planned["sources"].items()}
     stats |= {"tokens_per_s": 50.0, "ranks": 1, "n_parameters": 7, "sources": sources}
-    return Result(len(packs), len(packs), {}, stats, volatile=("metrics.jsonl",))
+    stats |= {"left_out": {"documents": 0, "tokens": 0, "loss_tokens": 0}}
+    n = job.one("pack").manifest.counts["kept"]
+    return Result(n, n, {"damaged": 0}, stats, volatile=("metrics.jsonl",))
 
 
 def save_model(job: Job, shape: dict[str, object]) -> None:

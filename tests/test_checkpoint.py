@@ -17,7 +17,7 @@ def save(root: Path, step: int, world_size: int = 2) -> checkpoint.Checkpoint:
     (aside / "state").mkdir()
     (aside / "state" / "weights.pt").write_bytes(os.urandom(1000) + bytes([step]))
     (aside / "rows.parquet").write_bytes(b"rows %d" % step)
-    return checkpoint.seal(aside, step=step, world_size=world_size, facts={"stage": "tiny"})
+    return checkpoint.seal(aside, loader={"step": step, "seed": 3}, world_size=world_size, facts={"stage": "tiny"})
 
 
 def truncate(folder: Path) -> None:
@@ -45,7 +45,7 @@ def halve_the_manifest(folder: Path) -> None:
 
 def forge_the_step(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_bytes())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"step": 10}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"loader": {"step": 10}}))
 
 
 def test_the_manifest_holds_every_file_and_its_hash(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_the_manifest_holds_every_file_and_its_hash(tmp_path: Path) -> None:
     files = json.loads((saved.path / MANIFEST).read_bytes())["files"]
     assert [f["path"] for f in files] == ["rows.parquet", "state/weights.pt"]
     assert [f["sha256"] for f in files] == [file_sha256(saved.path / f["path"]) for f in files]
-    assert checkpoint.newest(tmp_path) == saved
+    assert checkpoint.newest(tmp_path) == saved and saved.loader == {"step": 10, "seed": 3}
 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from solo.spec import ModelSpec, Stage
 
 RANKS = (1, 2, 4)
 ACCUMULATIONS = (1, 2, 3, 4)
+AVERAGES = ("pack", "token")
+DAMAGED_AT = 2  # packs of a rank in the cases with a damaged document, which one rank leaves out and all must count
 N_STEPS = 1  # more are in test_train
 # A step of size learning_rate whatever the gradient would hide a wrong factor, so the norms are compared as well.
 FIELDS = {"warmup_steps": 0, "learning_rate": 1e-3, "clip_norm": 1e9}
@@ -48,6 +50,12 @@ def first_packs(inputs: dict[str, Artifact], folder: Path, n: int) -> dict[str, 
     return inputs | {"pack/tiny": test_train.made(folder, "pack/tiny")}
 
 
+def damage(inputs: dict[str, Artifact], folder: Path) -> dict[str, Artifact]:
+    """The first document of pack 0, and of every pack like it, cannot be read."""
+    key = pq.read_table(inputs["pack/tiny"].path / "plan.parquet")["key"][0].as_py()
+    return test_train.damage(inputs, folder, "caption", key)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], tuple[train.Job, list[dict]]]:
     """Every case; one launch per number of ranks trains its cases one after the other."""
@@ -60,9 +68,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, st
         jobs = {}
         for n in ACCUMULATIONS:
             own = first_packs(inputs, root / f"plan-{ranks}-{n}", N_STEPS * ranks * n)
-            for average in ("pack", "token"):
+            broken = damage(own, root / f"shards-{ranks}-{n}") if n == DAMAGED_AT else {}
+            for average, given in [*((a, own) for a in AVERAGES), *((f"{a}-damaged", broken) for a in AVERAGES)]:
+                if not given:
+                    continue
                 where = root / f"{ranks}-{n}-{average}"
-                job = test_train.make_job(where, own, batch_packs=ranks * n, loss_average=average, **FIELDS)
+                fields = FIELDS | {"batch_packs": ranks * n, "loss_average": average.removesuffix("-damaged")}
+                job = test_train.make_job(where, given, **fields, max_damaged=9 if given is broken else 0)
                 job.work.mkdir(parents=True)
                 task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=ranks)
                 (where / "task.json").write_text(json.dumps(task))
@@ -79,9 +91,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, st
     return done
 
 
-@pytest.mark.parametrize("average", ["pack", "token"])
-@pytest.mark.parametrize("n", ACCUMULATIONS)
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(
+    ("ranks", "n", "average"),
+    [(r, n, a) for r in RANKS for n in ACCUMULATIONS for a in AVERAGES]
+    + [(r, DAMAGED_AT, f"{a}-damaged") for r in RANKS for a in AVERAGES],
+)
 def test_it_is_the_average_of_one_process(
     trained: dict[tuple[int, int, str], tuple[train.Job, list[dict]]], ranks: int, n: int, average: str
 ) -> None:
@@ -97,7 +111,7 @@ def test_it_is_the_average_of_one_process(
     job, rows = trained[ranks, n, average]
     stage = Stage.model_validate(job.spec["stage"])
     shards = {name: a.path for name, a in job.of("shard").items()}
-    packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens)
+    packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens, max_damaged=stage.max_damaged)
     model = SoloForCausalLM.from_spec(ModelSpec.model_validate(MODEL), TOKENS, 3).train()
     optimizer = _optimizer(model, stage)
     batch = ranks * n
@@ -105,8 +119,8 @@ def test_it_is_the_average_of_one_process(
     for step, row in enumerate(rows, 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage, N_STEPS)
-        losses = [model(packs.load(i)) for i in range(batch * (step - 1), batch * step)]
-        if average == "pack":
+        losses = [model.pack_losses(packs.load(i)) for i in range(batch * (step - 1), batch * step)]
+        if stage.loss_average == "pack":
             # As upstream: the mean of each pack, then of the packs; one without targets counts as 0.
             loss = sum(x.mean() if len(x) else x.sum() for x in losses) / batch
         else:
@@ -115,6 +129,9 @@ def test_it_is_the_average_of_one_process(
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
         optimizer.step()
+        planned = [r["n_loss_tokens"] for i in range(len(packs)) for r in packs.rows(i)]
+        assert (row["loss_tokens"], row["left_out"] > 0) == (sum(map(len, losses)), average.endswith("-damaged"))
+        assert (row["loss_tokens"] < sum(planned)) == average.endswith("-damaged"), "the guard: the plan says more"
         assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     saved = load_file(job.out / "checkpoint" / "model.safetensors")

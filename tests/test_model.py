@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from solo.attention import attend, build_mask, visible
-from solo.loader import Piece, assemble
+from solo.loader import Piece, assemble, side_by_side
 from solo.model import SoloConfig, SoloForCausalLM
 from solo.spec import ModelSpec
 
@@ -141,7 +141,7 @@ def test_a_token_reaches_window_tokens_back_and_no_further():
 
 def test_it_is_transformers_mistral_for_text(model):
     config = MistralConfig(
-        **SPEC.model_dump(exclude={"init", "init_std", "rope_theta", "sliding_window"}),
+        **SPEC.model_dump(exclude={"init", "init_std", "rope_theta", "rope_scaling", "sliding_window"}),
         rope_parameters={"rope_type": "default", "rope_theta": SPEC.rope_theta},
         sliding_window=WINDOW + 1,  # transformers counts the token itself
         attn_implementation="sdpa",
@@ -182,7 +182,7 @@ def test_recomputed_layers_give_the_same_gradient(model):
     grads = []
     for n_layers in (0, 1, 2):
         model.zero_grad()
-        model.train().recompute_layers = n_layers
+        model.train().model.recompute_layers = n_layers
         model.pack_losses(packed(*PIECES)).mean().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads, strict=True))
@@ -248,14 +248,22 @@ def greedy(model, prompt, n):
     return answer
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 40, 2048])
-def test_completion_is_greedy_whatever_the_batch(model, batch_tokens):
+def answers(model, prompts, n):
+    """The same by `generate`: rows of one batch, a cache, padding on the left."""
+    rows = side_by_side(prompts, 2)
+    ids = model.generate(**rows, max_new_tokens=n, do_sample=False)[:, rows["input_ids"].shape[1] :].tolist()
+    return [one[: one.index(2)] if 2 in one else one for one in ids]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_completion_is_greedy_whatever_the_batch(model, rows):
     expected = [greedy(model, p, 4) for p in PIECES]
     with torch.no_grad():  # now one of SOLO's own ids would win everywhere, were it allowed to
         first = model.logits(packed(PIECES[0]), torch.tensor([len(PIECES[0].ids) - 1]))[0]
         model.lm_head.weight[32_005] = 10 * model.lm_head.weight[int(first[:32_000].argmax())]
         assert model.logits(packed(PIECES[0]), torch.tensor([len(PIECES[0].ids) - 1]))[0].argmax() == 32_005
-    assert model.complete(PIECES, max_new_tokens=4, batch_tokens=batch_tokens) == expected
+    for batch in ([p] for p in PIECES) if rows == 1 else [PIECES]:
+        assert answers(model, batch, 4) == [expected[PIECES.index(p)] for p in batch]
 
 
 def test_it_learns_to_name_what_a_patch_shows_and_then_stops(model):
@@ -276,9 +284,9 @@ def test_it_learns_to_name_what_a_patch_shows_and_then_stops(model):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.1 < losses[0]
-    assert model.complete([white, black], max_new_tokens=6) == [[700], [500, 600]]
+    assert answers(model.eval(), [white, black], 6) == [[700], [500, 600]]
 
 
 def test_head_counts_must_divide():
-    with pytest.raises(ValueError, match="each must be a multiple of the next"):
+    with pytest.raises(ValueError, match="num_attention_heads 4 is not a multiple of num_key_value_heads 3"):
         SoloForCausalLM.from_spec(SPEC.model_copy(update={"num_key_value_heads": 3}), TOKENS, 0)

@@ -80,9 +80,19 @@ def test_parts_of_the_line_keep_their_order_whatever_order_they_come_in() -> Non
         ("curate/mix-1", {"counts": {"in": 15, "kept": 15}}, "curate/mix-1: in = kept by its 2 shard parts"),
         ("pack/mix-1", {"counts": {"in": 15, "kept": 15}}, "pack/mix-1: in = exposures of curate/mix-1"),
         ("pack/mix-2", {"stats": {"n_tokens": 499}}, "pack/mix-2: tokens placed + dropped = tokens of curate/mix-2"),
-        ("train/zebra", {"stats": {"n_tokens": 499}}, "train/zebra: tokens = tokens of pack/mix-1"),
-        ("train/zebra", {"stats": {"n_loss_tokens": 1}}, "train/zebra: loss tokens = loss tokens of pack/mix-1"),
-        ("train/apple", {"counts": {"in": 3, "kept": 3}}, "train/apple: packs trained = packs of pack/mix-2"),
+        ("train/zebra", {"stats": {"n_tokens": 499}}, "train/zebra: tokens trained + left out = tokens of pack/mix-1"),
+        (
+            "train/zebra",
+            {"stats": {"n_loss_tokens": 1}},
+            "train/zebra: loss tokens trained + left out = those of pack/mix-1",
+        ),
+        (
+            "train/zebra",
+            {"stats": {"left_out": {"documents": 1, "tokens": 9, "loss_tokens": 0}}},
+            "train/zebra: tokens trained + left out = tokens of pack/mix-1",
+        ),
+        ("train/apple", {"counts": {"in": 3, "kept": 3}}, "train/apple: in = kept by pack/mix-2"),
+        ("train/apple", {"stats": {"n_packs": 3}}, "train/apple: packs trained = packs of pack/mix-2"),
         (
             "evaluate/digits",
             {"stats": {"checkpoint_digest": "of another run"}},

@@ -6,12 +6,14 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -21,7 +23,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from solo import artifact, checkpoint, train
+from solo import artifact, checkpoint, run_pages, train, trained
 from solo.artifact import Artifact, Job, LedgerError, Manifest, file_sha256
 from solo.pack import PACKS, PLAN
 from solo.patches import grid, image_size
@@ -103,12 +105,27 @@ def make_plan(root: Path, n_steps: int) -> dict[str, Artifact]:
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(plan, PLAN), folder / "plan.parquet")
     pq.write_table(pa.Table.from_pylist(packs, PACKS), folder / "packs.parquet")
-    return inputs | {"pack/tiny": made(folder, "pack/tiny")}
+    return inputs | {"pack/tiny": made(folder, "pack/tiny", len(plan))}
 
 
-def made(folder: Path, node: str) -> Artifact:
+def made(folder: Path, node: str, n: int = 0, **spec: object) -> Artifact:
     part, name = node.split("/")
-    return Artifact(folder, Manifest(part, name, "0" * 8, 1, {}, {}, "1" * 64, [], {}, {}, {}))
+    spec = {"seed": 1, "batch_packs": STAGE["batch_packs"], "pack_tokens": STAGE["pack_tokens"]} | spec
+    counts = {"in": n, "kept": n, "dropped": {}}
+    manifest = Manifest(part, name, "0" * 8, 1, spec, {"curate/tiny": "2" * 64}, "1" * 64, [], counts, {}, {})
+    (folder / artifact.MANIFEST).write_text(json.dumps(asdict(manifest)))
+    return Artifact(folder, manifest)
+
+
+def damage(inputs: dict[str, Artifact], root: Path, source: str, key: str) -> dict[str, Artifact]:
+    """The same inputs with the bytes of one document overwritten."""
+    plan = pq.read_table(inputs["pack/tiny"].path / "plan.parquet").to_pylist()
+    row = next(r for r in plan if r["key"] == key)
+    shutil.copytree(inputs[f"shard/{source}"].path, root)
+    with (root / "shards" / "00000.tar").open("r+b") as tar:
+        tar.seek(row["offset"])
+        tar.write(b"x" * row["length"])
+    return inputs | {f"shard/{source}": made(root, f"shard/{source}")}
 
 
 def make_job(root: Path, inputs: dict[str, Artifact], **fields: object) -> Job:
@@ -191,7 +208,9 @@ def test_a_stage_trains_every_token_of_its_plan(undisturbed: tuple[Job, Artifact
     job, done, told = undisturbed
     plan = pq.read_table(job.one("pack").path / "packs.parquet").to_pylist()
     stats = done.manifest.stats
-    assert done.manifest.counts == {"in": 4 * N_STEPS, "kept": 4 * N_STEPS, "dropped": {}}
+    n = sum(p["n_rows"] for p in plan)
+    assert done.manifest.counts == {"in": n, "kept": n, "dropped": {"damaged": 0}}
+    assert stats["n_packs"] == 4 * N_STEPS and stats["left_out"] == {"documents": 0, "tokens": 0, "loss_tokens": 0}
     for count in ("n_tokens", "n_loss_tokens"):
         total = sum(p[count] for p in plan)
         assert stats[count] == total == sum(s[count] for s in stats["sources"].values())
@@ -228,14 +247,14 @@ def compare_with_plain_loop(job: Job, n_compared: int) -> None:
 
     stage = Stage.model_validate(job.spec["stage"])
     shards = {name: a.path for name, a in job.of("shard").items()}
-    packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens)
+    packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens, max_damaged=stage.max_damaged)
     model = SoloForCausalLM.from_spec(ModelSpec.model_validate(MODEL), TOKENS, 3).train()
     optimizer = _optimizer(model, stage)
     rows = metrics(job)
     for step, row in enumerate(rows[:n_compared], 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage, len(rows))
-        losses = [model(packs.load(i)) for i in range(4 * step - 4, 4 * step)]
+        losses = [model.pack_losses(packs.load(i)) for i in range(4 * step - 4, 4 * step)]
         means = [x.mean() for x in losses if len(x)]
         loss = sum(means) / 4 if stage.loss_average == "pack" else torch.cat(losses).mean()
         optimizer.zero_grad()
@@ -261,12 +280,13 @@ def test_the_saved_weights_are_the_trained_ones(undisturbed: tuple[Job, Artifact
     shards = {name: a.path for name, a in job.of("shard").items()}
     packs = PackLoader(job.one("pack").path, shards, TOKENS, STAGE["pack_tokens"])
     with torch.no_grad():
-        loss = sum(float(model(packs.load(i)).mean()) for i in range(4, 8)) / 4
+        loss = sum(float(model.pack_losses(packs.load(i)).mean()) for i in range(4, 8)) / 4
     assert told[-1]["loss"] * 0.9 < loss < told[-1]["loss"]
 
 
-def test_loss_averaged_over_tokens_equals_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process: a launch costs five seconds."""
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Job], list[dict]]]:
+    """Train a job in this process, a launch costs five seconds; its metrics."""
     for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     with socket.socket() as probe:
@@ -276,17 +296,49 @@ def test_loss_averaged_over_tokens_equals_a_plain_loop(tmp_path: Path, monkeypat
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     from solo import trainer
 
-    job = make_job(tmp_path, make_plan(tmp_path / "plan", 3), loss_average="token")
-    job.work.mkdir(parents=True)
-    rows = []
-    monkeypatch.setattr(trainer, "emit", rows.append)
+    def run(job: Job) -> list[dict]:
+        job.work.mkdir(parents=True, exist_ok=True)
+        rows = []
+        monkeypatch.setattr(trainer, "emit", rows.append)
+        task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=1)
+        assert trainer.Trainer(task).run()
+        with (job.out / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        return rows
+
     trainer._connect("cpu")
-    task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=1)
-    assert trainer.Trainer(task).run()
+    yield run
     trainer.dist.destroy_process_group()
-    (job.out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(rows) == 3
+
+
+def test_documents_left_out_are_counted_and_the_token_average_is_of_the_others(
+    alone: Callable[[Job], list[dict]], tmp_path: Path
+) -> None:
+    whole = make_plan(tmp_path / "plan", 3)
+    plan = pq.read_table(whole["pack/tiny"].path / "plan.parquet").to_pylist()
+    lost = next(r for r in plan if r["pack"] == 2)  # a text of packs 2, 6, 10
+    inputs = damage(whole, tmp_path / "damaged", "prose", lost["key"])
+    job = make_job(tmp_path, inputs, loss_average="token", max_damaged=3)
+    rows = alone(job)
+    assert [row["left_out"] for row in rows] == [1, 1, 1]
     compare_with_plain_loop(job, 3)
+    done = train.run(job)
+    assert (done.n_in, done.n_kept, done.dropped) == (len(plan), len(plan) - 3, {"damaged": 3})
+    out = {"documents": 3, "tokens": 3 * lost["n_tokens"], "loss_tokens": 3 * lost["n_loss_tokens"]}
+    assert done.stats["left_out"] == out
+    for name in ("n_tokens", "n_loss_tokens"):
+        assert done.stats[name] + out[name.removeprefix("n_")] == sum(r[name] for r in plan)
+    page = "".join(run_pages.train_page([Artifact(job.out, replace(job.one("pack").manifest, stats=done.stats))], {}))
+    assert page.count(lost["key"]) == 3
+    rows = pq.read_table(job.out / "trained.parquet")
+    with pytest.raises(
+        LedgerError, match=r"train/tiny: pack 2: 1 n_documents trained \+ 0 left out != 2 planned, and 2"
+    ):
+        trained.check("train/tiny", hide_left_out(rows), pq.read_table(whole["pack/tiny"].path / "packs.parquet"))
+
+
+def hide_left_out(rows: pa.Table) -> pa.Table:
+    return pa.Table.from_pylist([r | {"left_out": []} for r in rows.to_pylist()], trained.ROW)
 
 
 def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
@@ -312,6 +364,7 @@ def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
     with pytest.raises(ValueError, match=r"holds the optimizer state of 2 ranks, this run has 1; set SOLO_RANKS=2"):
         train.run(job)
     monkeypatch.setenv("SOLO_RANKS", "2")
+    refuses_other_plans(job, tmp_path)
 
     victim = next(folders[1].rglob("*optim_states.pt"))
     raw = bytearray(victim.read_bytes())
@@ -335,6 +388,22 @@ def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
     calm = [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(undisturbed[0])]
     assert [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(job)] == calm
     assert not children_of(job)
+
+
+def refuses_other_plans(job: Job, folder: Path) -> None:
+    """A stage with checkpoints does not go on with the same packs under another seed, batch size or mix lock."""
+    for name, (change, says) in {
+        "seed": ({"spec": {"seed": 2}}, "the seed 1, not 2"),
+        "batch": ({"spec": {"batch_packs": 8}}, "the packs of a step 4, not 8"),
+        "lock": ({"inputs": {"curate/tiny": "3" * 64}}, "the mix lock 22222222, not 33333333"),
+    }.items():
+        pack = job.one("pack")
+        shutil.copytree(pack.path, folder / name)
+        own = json.loads((pack.path / artifact.MANIFEST).read_bytes())
+        (folder / name / artifact.MANIFEST).write_text(json.dumps(own | {k: own[k] | v for k, v in change.items()}))
+        other = replace(job, inputs=job.inputs | {"pack/tiny": replace(pack, path=folder / name)})
+        with pytest.raises(ValueError, match=rf"the saved state of step \d+ counts in {says}; go on with the plan"):
+            train.run(other)
 
 
 def test_a_gpu_without_a_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
