@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from solo import patches
-from solo.raster import BYTES, Raster
+from solo.raster import BYTES, Room
 
 JPEG = b"\xff\xd8\xff"
 APP1, START_OF_SCAN = 0xE1, 0xDA
@@ -66,13 +66,13 @@ def image_size(data: bytes) -> tuple[int, int]:
     return (height, width) if orientation in patches.SWAPS_SIDES else (width, height)
 
 
-def cut(data: bytes, *, patch_px: int, max_side_px: int, out: np.ndarray | Raster | None = None) -> np.ndarray | Raster:
-    """What `patches.patchify` gives, up to two levels where the picture is resized; a `Raster` is only filled."""
+def cut(data: bytes, *, patch_px: int, max_side_px: int, out: np.ndarray | Room | None = None) -> np.ndarray | Room:
+    """What `patches.patchify` gives, up to two levels where the picture is resized; a `Room` is only filled."""
     rows, cols = patches.grid(*image_size(data), patch_px=patch_px, max_side_px=max_side_px)
-    if isinstance(out, Raster):
+    if isinstance(out, Room):
         lay(data, out.picture(rows, cols))
         return out
-    room = Raster.of(np.empty((rows * cols * patch_px, BYTES * patch_px), np.uint8), patch_px)
+    room = Room.of(np.empty((rows * cols * patch_px, BYTES * patch_px), np.uint8), patch_px)
     lay(data, room.picture(rows, cols))
     cut = np.asarray(room)
     if out is None:

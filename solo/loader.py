@@ -25,7 +25,7 @@ from torch import Tensor
 
 from solo.patches import ImageError, grid, image_size, patchify
 from solo.plan import Plan
-from solo.raster import BYTES, Raster, Recycled
+from solo.raster import BYTES, Raster, Recycled, Room
 from solo.sample import Sample, parse_sample
 from solo.shards import Shards
 from solo.spec import Decode, Template, Tokens
@@ -50,7 +50,7 @@ class Piece:
     ids: np.ndarray  # (n,) int32
     is_target: np.ndarray  # (n,) bool; never at 0: nothing in the piece predicts its first token
     patch_index: np.ndarray  # (n,) int32, -1 or a row of `patches`
-    patches: np.ndarray  # (n_patches, 3 * patch_px**2) uint8; inside `PackLoader` also a Raster
+    patches: np.ndarray  # (n_patches, 3 * patch_px**2) uint8; inside `PackLoader` also a Room
 
     @property
     def n_loss_tokens(self) -> int:
@@ -106,7 +106,7 @@ def read_piece(  # noqa: PLR0913, the last two only say where and how
     begin: int = 0,
     end: int | None = None,
     decode: Decode = "exact",
-    out: np.ndarray | Raster | None = None,
+    out: np.ndarray | Room | None = None,
 ) -> Piece:
     """A sample's tokens [begin, end) with its patches; a range that cuts a document with images is an error.
 
@@ -138,7 +138,7 @@ def read_piece(  # noqa: PLR0913, the last two only say where and how
 
 
 def assemble(
-    pieces: Sequence[Piece], *, index: int, pack_tokens: int, patches: np.ndarray | Raster | None = None
+    pieces: Sequence[Piece], *, index: int, pack_tokens: int, patches: np.ndarray | Room | None = None
 ) -> Pack:
     """Pieces end to end in one pack, padded to `pack_tokens`; `patches`: all of theirs, where they lie together."""
     assert pieces, f"pack {index} is empty"
@@ -170,7 +170,7 @@ def assemble(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         document_ids=torch.from_numpy(document_ids),
-        patches=patches if isinstance(patches, Raster) else torch.from_numpy(patches),
+        patches=patches.raster() if isinstance(patches, Room) else torch.from_numpy(patches),
         patch_index=torch.from_numpy(patch_index),
         targets=torch.from_numpy(targets),
         segments=segments,
@@ -276,14 +276,14 @@ class PackLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _room(self, n_patches: int) -> np.ndarray | Raster:
+    def _room(self, n_patches: int) -> np.ndarray | Room:
         """Memory for a pack's patches: cut here on the exact path, on the model's device on the fast one."""
         px = self.tokenizer.tokens.patch_px
         if self.decode == "exact":
             return self._memory.take((n_patches, 3 * px**2))
-        return Raster.of(self._memory.take((n_patches * px, BYTES * px)), px)
+        return Room.of(self._memory.take((n_patches * px, BYTES * px)), px)
 
-    def _piece(self, row: dict[str, Any], out: np.ndarray | Raster) -> Piece:
+    def _piece(self, row: dict[str, Any], out: np.ndarray | Room) -> Piece:
         key, data = row["key"], None
         try:
             data = self.shards.read(row["source"], row["shard"], row["offset"], row["length"])

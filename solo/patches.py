@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 from solo.spec import Decode
 
 if TYPE_CHECKING:
-    from solo.raster import Raster
+    from solo.raster import Room
 
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -90,15 +90,15 @@ def at_grid(image: Image.Image, *, patch_px: int, max_side_px: int) -> Image.Ima
 
 
 def patchify(
-    data: bytes, *, patch_px: int, max_side_px: int, path: Decode = "exact", out: np.ndarray | Raster | None = None
-) -> np.ndarray | Raster:
+    data: bytes, *, patch_px: int, max_side_px: int, path: Decode = "exact", out: np.ndarray | Room | None = None
+) -> np.ndarray | Room:
     """(n_patches, 3 * patch_px**2) uint8; patches in raster order, index in a patch = channel, y, x.
 
-    `out`, where given, is filled and returned: a pack's patches need no second copy. The fast path takes a `Raster`
+    `out`, where given, is filled and returned: a pack's patches need no second copy. The fast path takes a `Room`
     too, whose patches are cut where they are read.
     """
     if path == "fast":
-        cut: np.ndarray | Raster = _fast().cut(data, patch_px=patch_px, max_side_px=max_side_px, out=out)
+        cut: np.ndarray | Room = _fast().cut(data, patch_px=patch_px, max_side_px=max_side_px, out=out)
         return cut
     image = at_grid(open_rgb(data), patch_px=patch_px, max_side_px=max_side_px)
     rows, cols = image.height // patch_px, image.width // patch_px

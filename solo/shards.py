@@ -61,7 +61,7 @@ class Shards:
         """`length` bytes from `offset` on."""
         place = self.places[source]
         name = f"shards/{shard:05d}.tar"
-        data, cached = self._local(place / name, offset, length) if isinstance(place, Path) else (None, False)
+        data, cached = self._local(f"{place}/{name}", offset, length) if isinstance(place, Path) else (None, False)
         if data is None:
             data, cached = self._remote(source, name, offset, length)
         if len(data) != length:
@@ -87,7 +87,7 @@ class Shards:
         found: list[str] = rows["sha256"].to_pylist()
         return found[0] if found else None
 
-    def _local(self, path: Path, offset: int, length: int) -> tuple[bytes, bool]:
+    def _local(self, path: str, offset: int, length: int) -> tuple[bytes, bool]:
         file = os.open(path, os.O_RDONLY)
         try:
             return os.pread(file, length, offset), False
