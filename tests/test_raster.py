@@ -32,6 +32,7 @@ def test_any_patches_of_any_pictures(grids, px, random):
     assert torch.equal(raster.clone(), whole)
     which = torch.tensor([random.randrange(n) for _ in range(n + 2)])
     assert torch.equal(raster.to("cpu")[which], whole[which])
+    assert torch.equal(raster._gathered(raster.first[which], raster.step[which]), whole[which])  # as on a GPU
     assert torch.equal(raster[whole[:, 0] > 99], whole[whole[:, 0] > 99])
 
 
