@@ -16,6 +16,7 @@ import webdataset
 from PIL import Image
 from raw import TOKENS, picture, rows, same_files, sample, sharded
 
+from solo import data_pages
 from solo.line import CHECKOUT
 from solo.patches import grid, image_size, patchify
 from solo.sample import IMAGE, Sample, parse_samples, read_sample, read_samples, text
@@ -218,6 +219,14 @@ def test_pictures_at_their_grid(root):
         "lowest": min(worst),
         "median": pytest.approx(float(np.median(worst)), abs=0.006),
     }
+
+    (shown,) = data_pages.grid_rows([before, made])  # no row where the pictures are as they came
+    assert [shown[name] for name in data_pages.FORM_NAMES.values()] == [2, 1, 4, 1]
+    assert (shown["images"], shown["lowest PSNR, dB"]) == (8, min(worst))
+    (said,) = data_pages.role_rows([made])
+    assert said["text tokens"] == sum(said[name] for name in ("system", "user", "assistant", "markup"))
+    page = "\n\n".join(data_pages.shard_page([made], {}))
+    assert "## Text by role" in page and "## Pictures at their patch grid" in page
 
 
 def test_a_picture_that_does_not_decode_is_counted_where_no_signal_says_so(root):
