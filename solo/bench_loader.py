@@ -32,7 +32,7 @@ from solo.loader import NO_TARGET, PackLoader
 from solo.patches import grid
 from solo.sample import read_sample
 from solo.spec import Tokens
-from solo.tokens import BOS, EOS, VISION, VISION_END, VPATCH, VROW_SEP
+from solo.tokenizer import SOLO
 
 N_PACKS = 2
 GPU_TOKENS_PER_S = 52_000  # what one H100 trains
@@ -155,7 +155,7 @@ def straightforward(loader: PackLoader, i: int) -> dict[str, torch.Tensor]:
     for row in loader.rows(i):
         sample = read_sample(_tar(loader, row), row["offset"], row["length"])
         images = iter(sample.images)
-        ids, index, labels = [*ids, BOS], [*index, -1], [*labels, NO_TARGET]
+        ids, index, labels = [*ids, SOLO.bos], [*index, -1], [*labels, NO_TARGET]
         for message in sample.messages:
             for item in message["content"]:
                 if item["type"] == "text":
@@ -167,16 +167,16 @@ def straightforward(loader: PackLoader, i: int) -> dict[str, torch.Tensor]:
                 cut = _float_patches(next(images))
                 rows, cols = cut.shape[:2]
                 patches.append(cut.reshape(rows * cols, -1))
-                ids.append(VISION)
+                ids.append(SOLO.vision)
                 index.append(-1)
                 for r in range(rows):
-                    ids += [VPATCH] * cols + [VROW_SEP if r < rows - 1 else VISION_END]
+                    ids += [SOLO.vpatch] * cols + [SOLO.vrow_sep if r < rows - 1 else SOLO.vision_end]
                     index += [*range(n_patches, n_patches + cols), -1]
                     n_patches += cols
                 labels += [NO_TARGET] * (len(ids) - len(labels))
     padding = PACK_TOKENS - len(ids)
     return {
-        "input_ids": torch.tensor(ids + [EOS] * padding),
+        "input_ids": torch.tensor(ids + [SOLO.eos] * padding),
         "patch_index": torch.tensor(index + [-1] * padding),
         "targets": torch.tensor(labels[1:] + [NO_TARGET] * (padding + 1)),
         "patches": torch.cat(patches),

@@ -23,7 +23,7 @@ from solo.pack import PACKS, PLAN
 from solo.sample import IMAGE, Sample, end_tar, make_key, read_sample, text, write_sample
 from solo.shard import with_pictures
 from solo.spec import GridPictures, Tokens
-from solo.tokens import Tokenizer
+from solo.tokenizer import Tokenizer
 
 PACK_TOKENS = 32_768
 VISION_SHARE = 0.54  # of stage 2's tokens, Table 1 of the paper

@@ -20,6 +20,7 @@ from solo import closing, line, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
+from solo.spec import Template
 
 app = typer.Typer(
     help="Train single-transformer vision-language models from a data recipe.",
@@ -122,6 +123,26 @@ def revision(path: Annotated[Path, typer.Argument(help="A file or a folder of so
     typer.echo(f"revision: sha256:{content_sha256(path)}")
 
 
+@app.command()
+def chat(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or of the train artifact that holds it.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Pictures the talk is about.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda where there is one.")] = None,
+    template: Annotated[Template, typer.Option(help="inst: questions; plain: a text to go on with.")] = "inst",
+) -> None:
+    """Talk with a checkpoint about pictures; in a pipe each line is a question of its own and gets a line."""
+    from solo import chat as talk
+
+    talked = talk.Chat(checkpoint, device=device, max_new_tokens=max_new_tokens, template=template)
+    for image in images or ():
+        talked.look(image)
+    if sys.stdin.isatty():
+        talk.converse(talked)
+    else:
+        talk.answer_lines(talked, sys.stdin, sys.stdout)
+
+
 @show.command("pack")
 def show_pack(
     number: Annotated[int, typer.Argument(help="Number of the pack, from 0.", min=0)],
@@ -173,6 +194,25 @@ def _figures(found: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(found))
         return
     out.print_json(json.dumps({k: v for k, v in found.items() if k != "machine"}))
+
+
+@app.command()
+def backbone(  # noqa: PLR0913, PLR0917 (a command's options)
+    folder: Annotated[Path, typer.Argument(help="A Mistral, Llama, SmolLM2, Qwen2 or Qwen3 checkpoint.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Where the SOLO to train is written.")],
+    gguf: Annotated[str | None, typer.Option(help="Name of a GGUF file in the folder.")] = None,
+    new_rows: Annotated[str, typer.Option(help="How SOLO's new ids begin: normal or mean.")] = "normal",
+    bos: Annotated[str | None, typer.Option(help="Token that begins a document, where the model has none.")] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")] = False,
+    seed: int = 0,
+) -> None:
+    """Turn a published text model into a SOLO to train, and print the blocks that its recipe needs."""
+    import yaml
+
+    from solo.backbone import write
+
+    how: dict[str, Any] = {"gguf_file": gguf, "bos": bos, "new_rows": new_rows, "untie": untie, "seed": seed}
+    typer.echo(yaml.safe_dump(write(folder, out_folder, **how), sort_keys=False).rstrip())
 
 
 def _module(*arguments: str) -> list[str]:

@@ -21,7 +21,8 @@ from solo.patches import grid
 from solo.pictures import Pictures
 from solo.sample import Sample, read_sample
 from solo.spec import GridPictures, Template, Tokens
-from solo.tokens import ROLES, Document, Tokenizer, tokenize
+from solo.tokenizer import Tokenizer
+from solo.tokens import ROLES, Document, tokenize
 
 REASONS = (
     "undecodable",  # by the signal `decodes`, or by its header where that signal was not measured

@@ -31,11 +31,10 @@ from solo.patches import ImageError
 from solo.plugin import resolve
 from solo.sample import Rejected, Sample
 from solo.spec import BenchmarkSpec, Tokens
-from solo.tokens import EOS
 
 if TYPE_CHECKING:
     from solo.loader import Piece
-    from solo.tokens import Tokenizer
+    from solo.tokenizer import Tokenizer
 
 VERSION = 2  # a cache of keys and values: sums in another order
 
@@ -165,7 +164,7 @@ class _Judge:
         from transformers.utils.logging import disable_progress_bar
 
         from solo.model import SoloForCausalLM
-        from solo.tokens import Tokenizer
+        from solo.tokenizer import Tokenizer
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -221,10 +220,12 @@ class _Judge:
         """Greedy answers to a batch, up to the EOS that ends them."""
         from solo.loader import side_by_side
 
-        rows = {name: t.to(self.model.device) for name, t in side_by_side(prompts, EOS).items()}
-        ids = self.model.generate(**rows, max_new_tokens=self.benchmark.max_new_tokens, do_sample=False)
+        eos = self.tokenizer.vocabulary.eos
+        rows = {name: t.to(self.model.device) for name, t in side_by_side(prompts, eos).items()}
+        n_new = self.benchmark.max_new_tokens
+        ids = self.model.generate(**rows, max_new_tokens=n_new, do_sample=False, eos_token_id=eos)
         new = ids[:, rows["input_ids"].shape[1] :].tolist()
-        return [self.tokenizer.decode(one[: one.index(EOS)] if EOS in one else one).strip() for one in new]
+        return [self.tokenizer.decode(one[: one.index(eos)] if eos in one else one).strip() for one in new]
 
     def row(self, sample: Sample, response: str, blind: str) -> Row:
         """One answered question."""

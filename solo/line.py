@@ -102,7 +102,7 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
     sources = [load(SourceSpec, name, specs) for name in names]
     benchmarks = [load(BenchmarkSpec, name, specs) for name in recipe.benchmarks]
     _check_plugins(sources, benchmarks, specs)
-    tokens = recipe.tokens.model_dump(mode="json")
+    tokens = recipe.tokens.model_dump(mode="json", exclude_none=True)  # what is off is not identity
     line: list[Node] = []
 
     def add(part: Part, name: str, spec: dict[str, Any], inputs: Sequence[str] = ()) -> None:

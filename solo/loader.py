@@ -29,7 +29,8 @@ from solo.raster import BYTES, Raster, Recycled, Room
 from solo.sample import Sample, parse_sample
 from solo.shards import Shards
 from solo.spec import Decode, Template, Tokens
-from solo.tokens import EOS, Tokenizer, tokenize
+from solo.tokenizer import SOLO, Tokenizer
+from solo.tokens import tokenize
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +139,17 @@ def read_piece(  # noqa: PLR0913, the last two only say where and how
 
 
 def assemble(
-    pieces: Sequence[Piece], *, index: int, pack_tokens: int, patches: np.ndarray | Room | None = None
+    pieces: Sequence[Piece],
+    *,
+    index: int,
+    pack_tokens: int,
+    padding: int = SOLO.eos,
+    patches: np.ndarray | Room | None = None,
 ) -> Pack:
-    """Pieces end to end in one pack, padded to `pack_tokens`; `patches`: all of theirs, where they lie together."""
+    """Pieces end to end in one pack, padded to `pack_tokens` with the vocabulary's EOS.
+
+    `patches`: all of theirs, where they lie together.
+    """
     assert pieces, f"pack {index} is empty"
     lengths = np.array([len(p.ids) for p in pieces], np.int64)
     ends = np.cumsum(lengths)
@@ -149,7 +158,7 @@ def assemble(
         raise ValueError(
             f"pack {index}: {total} tokens in {len(pieces)} documents > pack_tokens {pack_tokens}; pack again"
         )
-    input_ids = np.full(pack_tokens, EOS, np.int64)
+    input_ids = np.full(pack_tokens, padding, np.int64)
     targets = np.full(pack_tokens, NO_TARGET, np.int64)
     position_ids = np.zeros(pack_tokens, np.int64)
     document_ids = np.full(pack_tokens, PADDING, np.int32)
@@ -244,8 +253,8 @@ class PackLoader:
                 self._leave_out(error)
                 left_out.append(row)
         if not left_out:
-            return assemble(pieces, index=i, pack_tokens=self.pack_tokens, patches=patches)
-        pack = assemble(pieces, index=i, pack_tokens=self.pack_tokens) if pieces else self._padding(i)
+            return self._assemble(pieces, i, patches)
+        pack = self._assemble(pieces, i) if pieces else self._padding(i)
         return replace(pack, left_out=tuple(left_out))
 
     def iterate(
@@ -338,9 +347,13 @@ class PackLoader:
             raise DamagedSampleError(f"{error} (damaged document {n}, max_damaged is {self.max_damaged})") from error
         log.warning("left out, %d of at most %d: %s", n, self.max_damaged, error)
 
+    def _assemble(self, pieces: Sequence[Piece], i: int, patches: np.ndarray | Room | None = None) -> Pack:
+        padding = self.tokenizer.vocabulary.eos
+        return assemble(pieces, index=i, pack_tokens=self.pack_tokens, padding=padding, patches=patches)
+
     def _padding(self, i: int) -> Pack:
         """Pack i where nothing of it can be read."""
         nothing = np.zeros(0, np.int32)
         width = 3 * self.tokenizer.tokens.patch_px**2
         empty = Piece("", "", nothing, nothing.astype(bool), nothing, np.empty((0, width), np.uint8))
-        return replace(assemble([empty], index=i, pack_tokens=self.pack_tokens), segments=[])
+        return replace(self._assemble([empty], i), segments=[])

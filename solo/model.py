@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
@@ -27,7 +27,9 @@ from solo.attention import Mask, batch_mask, lay_out
 from solo.config import SoloConfig
 from solo.decoder import Decoder, Head
 from solo.loader import NO_TARGET, Pack
+from solo.processor import SoloProcessor
 from solo.spec import ModelSpec, Tokens
+from solo.tokenizer import Tokenizer
 
 
 class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -62,7 +64,9 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         shape["rope_parameters"] = (
             {"rope_type": "default"} | (spec.rope_scaling or {}) | {"rope_theta": spec.rope_theta}
         )
+        vocabulary = Tokenizer(tokens).vocabulary
         shape |= {"patch_px": tokens.patch_px, "max_side_px": tokens.max_side_px}
+        shape |= {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
         model = cls.drawn(SoloConfig(**shape, initializer_range=spec.init_std), seed)
         if spec.init != "random":
             weights.copy(dict(model.named_parameters()), Path(spec.init))
@@ -284,3 +288,4 @@ def _shifted_loss(logits: Tensor, labels: Tensor, n_items: Tensor | int | None) 
 
 AutoConfig.register("solo", SoloConfig, exist_ok=True)
 AutoModelForCausalLM.register(SoloConfig, SoloForCausalLM, exist_ok=True)
+AutoProcessor.register(SoloConfig, SoloProcessor, exist_ok=True)  # type: ignore[no-untyped-call]

@@ -59,7 +59,7 @@ def grid(width: int, height: int, *, patch_px: int, max_side_px: int) -> tuple[i
     return (n_short, n_long) if width >= height else (n_long, n_short)
 
 
-def image_size(data: bytes, *, path: Decode = "exact") -> tuple[int, int]:
+def image_size(data: bytes | Image.Image, *, path: Decode = "exact") -> tuple[int, int]:
     """(width, height) as displayed, from the header alone."""
     if path == "fast":
         size: tuple[int, int] = _fast().image_size(data)
@@ -69,7 +69,7 @@ def image_size(data: bytes, *, path: Decode = "exact") -> tuple[int, int]:
     return (height, width) if _orientation(image) in SWAPS_SIDES else (width, height)
 
 
-def open_rgb(data: bytes) -> Image.Image:
+def open_rgb(data: bytes | Image.Image) -> Image.Image:
     """The image as displayed, in RGB; ImageError where it cannot be decoded to the last pixel."""
     image = _open(data)
     orientation = _orientation(image)
@@ -90,7 +90,12 @@ def at_grid(image: Image.Image, *, patch_px: int, max_side_px: int) -> Image.Ima
 
 
 def patchify(
-    data: bytes, *, patch_px: int, max_side_px: int, path: Decode = "exact", out: np.ndarray | Room | None = None
+    data: bytes | Image.Image,
+    *,
+    patch_px: int,
+    max_side_px: int,
+    path: Decode = "exact",
+    out: np.ndarray | Room | None = None,
 ) -> np.ndarray | Room:
     """(n_patches, 3 * patch_px**2) uint8; patches in raster order, index in a patch = channel, y, x.
 
@@ -126,7 +131,9 @@ def _fast() -> ModuleType:
     return decode
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes | Image.Image) -> Image.Image:
+    if isinstance(data, Image.Image):
+        return data
     try:
         return Image.open(io.BytesIO(data))
     except Exception as error:  # as in a decode: plug-ins of Pillow raise many types on hostile headers

@@ -25,7 +25,8 @@ from solo.plan import Plan
 from solo.report_html import POLICY, STYLE
 from solo.sample import Sample, read_sample
 from solo.spec import Tokens
-from solo.tokens import BOS, EOS, ROLES, VISION, Document, Tokenizer, tokenize
+from solo.tokenizer import Tokenizer
+from solo.tokens import ROLES, Document, tokenize
 
 N_CHARS = 300  # of a stretch of text; the count beside it says how long it is
 
@@ -119,21 +120,23 @@ def view(row: dict[str, Any], sample: Sample, tokenizer: Tokenizer) -> DocumentV
 def stretches(document: Document, tokenizer: Tokenizer, begin: int, end: int) -> Iterator[Stretch]:
     """The tokens [begin, end) of a document, cut where speaker or loss changes and around each image."""
     ids, role = document.ids[begin:end], document.role[begin:end]
+    bos, eos, vision = (getattr(tokenizer.vocabulary, name) for name in ("bos", "eos", "vision"))
     is_target = document.is_target[begin:end].copy()
     is_target[0] = False  # nothing in the piece predicts its first token
-    same = (np.diff(role) == 0) & (np.diff(is_target.astype(np.int8)) == 0) & (ids[1:] != VISION) & (ids[:-1] != BOS)
+    same = (np.diff(role) == 0) & (np.diff(is_target.astype(np.int8)) == 0) & (ids[1:] != vision) & (ids[:-1] != bos)
     borders = [*(np.flatnonzero(~same) + 1).tolist(), len(ids)]
     grids, at = iter(document.grids), 0
     while at < len(ids):
-        if ids[at] == VISION:
+        if ids[at] == vision:
             rows, cols = next(grids)
             last = at + 1 + rows * (cols + 1)  # the mark, then a separator or the closing mark after each row
             yield Stretch("image", f"{rows} x {cols} patches", last - at, False)
         else:
             last = next(border for border in borders if border > at)
             part = ids[at:last]
-            said = tokenizer.decode(part[(part != BOS) & (part != EOS)].tolist())
-            said = ("<s> " if part[0] == BOS else "") + said + (" </s>" if part[-1] == EOS else "")
+            said = tokenizer.decode(part.tolist())
+            said = f"{tokenizer.bos_token} {said}" if part[0] == bos else said
+            said = f"{said} {tokenizer.eos_token}" if part[-1] == eos else said
             kind = ROLES[role[at]] if role[at] >= 0 else "begin"
             yield Stretch(kind, said.strip(), last - at, bool(is_target[at]))
         at = last

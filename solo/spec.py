@@ -144,8 +144,11 @@ class ImageClose(Spec):
 class Tokens(Spec):
     """Tokenizer and patch grid: everything a token count depends on."""
 
-    tokenizer: str = Field(description="`package:path/in/package` or a file path")
+    tokenizer: str = Field(description="`package:path/in/package` or a file path; a .model or a tokenizer.json")
     tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    bos: str | None = Field(default=None, description="token that begins a document, where the file does not say it")
+    eos: str | None = Field(default=None, description="token that ends an answer, where the file does not say it")
+    text_ids: int | None = Field(default=None, gt=0, description="rows of the backbone's embedding, if more than ids")
     patch_px: int = Field(gt=0)
     max_side_px: int = Field(gt=0)
     image_close: ImageClose
@@ -180,7 +183,9 @@ class Stage(Spec):
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     mix: str
     pack_tokens: int = Field(gt=1)
-    pack_by: Literal["source", "mix"] = Field(description="source: a pack holds one source, as upstream; mix: any")
+    pack_by: Literal["source", "mix"] = Field(
+        description="source: a pack holds one source, as upstream, but its last, not full, may be shared; mix: any"
+    )
     batch_packs: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(ge=0)

@@ -164,6 +164,17 @@ def test_a_pack_by_hand():
     assert np.array_equal(pack.patches.numpy(), expected)
 
 
+def test_padding_is_the_vocabularys_eos(made):
+    folder, _, _ = made
+    other = PackLoader(folder / "plan", loader(folder).shards, TOKENS.model_copy(update={"eos": "<s>"}), PACK_TOKENS)
+    n_padding = 0
+    for ours, theirs in ((loader(folder).load(i), other.load(i)) for i in range(3)):
+        padding = ours.document_ids < 0
+        n_padding += int(padding.sum())
+        assert (ours.input_ids[padding] == 2).all() and (theirs.input_ids[padding] == 1).all()
+    assert n_padding
+
+
 def test_every_pack_holds_what_the_plan_says(made):
     folder, _, packs = made
     packs_loader = loader(folder)

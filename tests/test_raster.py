@@ -88,4 +88,4 @@ def test_threads_never_share_memory():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(memory._free) <= 6
+    assert not wrong and len(memory._free) <= 12  # each holds its last array while it asks for the next

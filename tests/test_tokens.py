@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from solo.patches import grid
+from solo.pieces import SentencePieces
 from solo.sample import IMAGE, Sample, text
 from solo.spec import Tokens
-from solo.tokens import Tokenizer, tokenize
+from solo.tokenizer import SOLO, Tokenizer, Vocabulary
+from solo.tokens import tokenize
 
 TOKENS = Tokens.model_validate(
     {
@@ -36,7 +38,7 @@ def ids(template, grids, *turns):
 
 
 def test_vocabulary():
-    assert TOKENIZER.vocab_size == 33_029
+    assert TOKENIZER.vocabulary == Vocabulary(32_000, 1, 2) == SOLO and SOLO.size == 33_029
     assert TOKENIZER.encode("Hello world") == HELLO
     assert TOKENIZER.encode("") == []
 
@@ -144,20 +146,20 @@ spaced = st.lists(
 
 @given(spaced)
 def test_word_by_word_is_the_whole_text_at_once(value):
-    fresh = Tokenizer.__new__(Tokenizer)
-    fresh.__dict__ = TOKENIZER.__dict__ | {"_words": {}}
-    whole = TOKENIZER._pieces.encode(value)
-    assert TOKENIZER._by_word
+    fresh = SentencePieces.__new__(SentencePieces)
+    fresh.__dict__ = TOKENIZER.pieces.__dict__ | {"_words": {}}
+    whole = TOKENIZER.pieces._model.encode(value)
+    assert TOKENIZER.pieces._by_word
     assert fresh.encode(value) == TOKENIZER.encode(value) == whole  # words unknown, then known
     assert fresh.encode(value) == whole
 
 
 def test_known_words_are_bounded_and_long_ones_are_not_kept(monkeypatch):
-    monkeypatch.setattr("solo.tokens.WORDS_KEPT", 5)
-    tokenizer = Tokenizer(TOKENS)
+    monkeypatch.setattr("solo.pieces.WORDS_KEPT", 5)
+    tokenizer = Tokenizer(TOKENS).pieces
     assert len(tokenizer._words) <= 5
     said = " ".join(f"word{i}" for i in range(50)) + " " + "x" * 500
-    assert tokenizer.encode(said) == tokenizer._pieces.encode(said)
+    assert tokenizer.encode(said) == tokenizer._model.encode(said)
     assert len(tokenizer._words) == 5 and max(map(len, tokenizer._words)) <= 33
 
 
@@ -166,10 +168,10 @@ def test_a_vocabulary_whose_pieces_cross_words_is_encoded_whole():
         def id_to_piece(self, i):
             return "a\u2581b" if i == 77 else "a"
 
-    tokenizer = Tokenizer(TOKENS)
-    real, tokenizer._pieces = tokenizer._pieces, Crossing()
+    tokenizer = Tokenizer(TOKENS).pieces
+    real, tokenizer._model = tokenizer._model, Crossing()
     tokenizer._by_word = tokenizer._words_are_apart()
-    tokenizer._pieces = real
+    tokenizer._model = real
     assert not tokenizer._by_word
     assert tokenizer.encode("Hello world") == HELLO
 
