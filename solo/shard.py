@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # 2: ledger columns for roles and for the form of stored pictures
 
+# Signals that curate may ask for; those of pictures tell of them as they came.
 CARRIED = ("image_sha256", "phash", "width_px", "height_px", "n_chars", "language", "meta_label", "meta_category")
 
 FORM_COUNTS = tuple(f"n_images_{form}" for form in FORMS)
