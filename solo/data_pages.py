@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from solo import gallery
+from solo import gallery, pack_pages
 from solo.artifact import Artifact
 from solo.charts import Panel, histograms, stacked
 from solo.markdown import BAR, bar, escape, picture, table
@@ -164,14 +164,24 @@ def pack_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     yield "# Pack: training sequences"
     yield table([_flow_row(a) | {"pack tokens": a.manifest.stats["pack_tokens"]} for a in artifacts])
     yield table(list(pack_rows(artifacts)))
+    yield "## Fill: tokens over the room of all packs trained"
+    yield table(list(pack_pages.fill(artifacts)))
+    if balanced := list(pack_pages.balance(artifacts)):
+        yield "## Attention of ranks: the dearest of a step over the mean"
+        yield table(balanced)
+    if proven := list(pack_pages.proof(artifacts)):
+        yield "## Proof: no document of a pack sees another, and its loss is that of the document alone"
+        yield table(proven)
     panels, by_source = [], {}
     for a in artifacts:
         packs = pq.read_table(a.path / "packs.parquet", columns=["n_tokens", "source"])
         fill = packs["n_tokens"].to_numpy() / a.manifest.stats["pack_tokens"]
-        panels.append(Panel(a.manifest.name, {"packs": fill}))
+        if np.ptp(fill) > 0.001:  # packs that are all full make no picture
+            panels.append(Panel(a.manifest.name, {"packs": fill}))
         counted = packs["source"].value_counts().to_pylist()
         by_source[a.manifest.name] = {c["values"]: c["counts"] for c in sorted(counted, key=lambda c: c["values"])}
-    yield picture(histograms("Share of a pack that is filled", panels[:8], unit="packs"), "histograms of fill")
+    if panels:
+        yield picture(histograms("Share of a pack that is filled", panels[:8], unit="packs"), "histograms of fill")
     yield picture(stacked("Packs by source", top_series(by_source), unit="packs"), "packs by source")
 
 

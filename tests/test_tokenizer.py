@@ -169,6 +169,16 @@ def test_a_files_control_token_may_be_chosen(tmp_path):
         Tokenizer(tokens.model_copy(update={"eos": "\u2581the"}))
 
 
+def test_what_text_hardly_has_and_no_token_can_write_reads_as_a_replacement(tmp_path):
+    """SmolLM2's vocabulary lacks six control characters; left to itself the library would drop them."""
+    raw = byte_pairs()
+    for letter in (chr(256 + 4), chr(256 + 0x1D), "\u00f1"):  # the bytes 0x04, 0x1d and 0xf1
+        del raw["model"]["vocab"][letter]
+    tokenizer = Tokenizer(as_json(tmp_path / "tokenizer.json", raw))
+    said = tokenizer.decode(tokenizer.encode("a\x04b\x05c\x1d\U00041234 \U0001f600\U000e0067"))
+    assert said == "a\ufffdb\x05c\ufffd\ufffd \U0001f600\U000e0067"
+
+
 def test_a_file_that_cannot_serve_says_why(tmp_path):
     raw, path = byte_pairs(), tmp_path / "tokenizer.json"
     with pytest.raises(ValueError, match=r"names no bos token; give tokens.bos, it has \['<\|endoftext\|>'"):

@@ -236,6 +236,16 @@ def test_no_path_of_this_machine_is_in_the_checkpoint(undisturbed: tuple[Job, Ar
         assert str(train.REPOSITORY).encode() not in path.read_bytes()
 
 
+def test_the_checkpoint_can_be_talked_to(undisturbed: tuple[Job, Artifact, list]) -> None:
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    folder = undisturbed[1].path / "checkpoint"
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert processor.tokenizer.tokens == TOKENS.model_copy(update={"tokenizer": processor.tokenizer.tokens.tokenizer})
+    given = processor(text=["the cat 1 sat on"])
+    assert model.generate(**given, max_new_tokens=3).shape[1] > given["input_ids"].shape[1]
+
+
 def compare_with_plain_loop(job: Job, n_compared: int) -> None:
     """The stage's first steps in twenty lines of torch: same losses, same gradient norms."""
     import torch
