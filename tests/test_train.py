@@ -239,9 +239,13 @@ def test_no_path_of_this_machine_is_in_the_checkpoint(undisturbed: tuple[Job, Ar
 def test_the_checkpoint_can_be_talked_to(undisturbed: tuple[Job, Artifact, list]) -> None:
     from transformers import AutoModelForCausalLM, AutoProcessor
 
+    from solo.model import SoloForCausalLM
+    from solo.processor import SoloProcessor
+
     folder = undisturbed[1].path / "checkpoint"
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert processor.tokenizer.tokens == TOKENS.model_copy(update={"tokenizer": processor.tokenizer.tokens.tokenizer})
+    assert isinstance(processor, SoloProcessor) and isinstance(model, SoloForCausalLM)
     given = processor(text=["the cat 1 sat on"])
     assert model.generate(**given, max_new_tokens=3).shape[1] > given["input_ids"].shape[1]
 
@@ -294,31 +298,33 @@ def test_the_saved_weights_are_the_trained_ones(undisturbed: tuple[Job, Artifact
     assert told[-1]["loss"] * 0.9 < loss < told[-1]["loss"]
 
 
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Job], list[dict]]]:
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Callable[[Job], list[dict]]]:
     """Train a job in this process, a launch costs five seconds; its metrics."""
-    for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    with socket.socket() as probe:
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    from solo import trainer
+        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        one |= {"MASTER_PORT": str(probe.getsockname()[1]), "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+        for name, value in one.items():
+            patch.setenv(name, value)
+        probe.close()
+        from solo import trainer
 
-    def run(job: Job) -> list[dict]:
-        job.work.mkdir(parents=True, exist_ok=True)
-        rows = []
-        monkeypatch.setattr(trainer, "emit", rows.append)
-        task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=1)
-        assert trainer.Trainer(task).run()
-        with (job.out / "metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        return rows
+        rows: list[dict] = []
+        patch.setattr(trainer, "emit", rows.append)
+        trainer._connect("cpu")
 
-    trainer._connect("cpu")
-    yield run
-    trainer.dist.destroy_process_group()
+        def run(job: Job) -> list[dict]:
+            job.work.mkdir(parents=True, exist_ok=True)
+            rows.clear()
+            task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=1)
+            assert trainer.Trainer(task).run()
+            with (job.out / "metrics.jsonl").open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            return list(rows)
+
+        yield run
+        trainer.dist.destroy_process_group()
 
 
 def test_documents_left_out_are_counted_and_the_token_average_is_of_the_others(
@@ -345,6 +351,17 @@ def test_documents_left_out_are_counted_and_the_token_average_is_of_the_others(
         LedgerError, match=r"train/tiny: pack 2: 1 n_documents trained \+ 0 left out != 2 planned, and 2"
     ):
         trained.check("train/tiny", hide_left_out(rows), pq.read_table(whole["pack/tiny"].path / "packs.parquet"))
+
+
+def test_a_resumed_stage_has_no_new_allowance_of_damage(alone: Callable[[Job], list[dict]], tmp_path: Path) -> None:
+    whole = make_plan(tmp_path / "plan", 3)
+    plan = pq.read_table(whole["pack/tiny"].path / "plan.parquet").to_pylist()
+    inputs = damage(whole, tmp_path / "damaged", "prose", next(r["key"] for r in plan if r["pack"] == 2))
+    job = make_job(tmp_path, inputs, max_damaged=2, checkpoint_every_steps=1)
+    for _ in range(2):  # the second goes on after step 2, with both documents spent
+        with pytest.raises(ValueError, match=r"\(damaged document 3, max_damaged is 2\)"):
+            alone(job)
+        assert checkpoint.newest(job.work / "checkpoints").step == 2
 
 
 def hide_left_out(rows: pa.Table) -> pa.Table:
