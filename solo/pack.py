@@ -83,7 +83,7 @@ def run(job: Job) -> Result:
 def make_plan(job: Job) -> Result:
     """The plan alone."""
     pack_tokens, batch_packs = job.spec["pack_tokens"], job.spec["batch_packs"]
-    by_source = job.spec["pack_by"] == "source"
+    by_source = job.spec["pack_by"] != "mix"
     lock = job.one("curate").path / "lock.parquet"
     con = duckdb.connect(config={"threads": max(1, job.workers), "temp_directory": str(job.work / "duckdb")})
     params = {"lock": str(lock), "by_source": by_source, "seed": str(job.spec["seed"])}
