@@ -226,8 +226,9 @@ class Stage(Spec):
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     mix: str
     pack_tokens: int = Field(gt=1)
-    pack_by: Literal["source", "mix"] = Field(
-        description="source: a pack holds one source, as upstream, but its last, not full, may be shared; mix: any"
+    pack_by: Literal["source", "mix", "sample"] = Field(
+        description="source: a pack holds one source, as upstream, but its last, not full, may be shared; mix: any; "
+        "sample: one document a pack, as upstream's SFT"
     )
     batch_packs: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
