@@ -133,7 +133,7 @@ def array_items(path: Path) -> Iterator[tuple[int, bytes]]:
             if buffer[at : at + 1] == "]":
                 return
             end = _end_of_item(decoder, buffer, at)
-            if end is not None and end < len(buffer):
+            if end is not None and (end < len(buffer) or buffer[end - 1] in '}]"'):  # a number may go on
                 yield start + at, buffer[at:end].encode("latin-1")
                 at = end
                 continue

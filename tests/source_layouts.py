@@ -152,16 +152,16 @@ def mmc4(folder: Path) -> None:
     (folder / "images/b.jpg").write_bytes(picture(2, "JPEG"))
 
 
-def cauldron(question: str, answer: str) -> Write:
+def cauldron(said: str, reply: str, *, answer: str = "assistant") -> Write:
     """Two pairs about one picture; a picture without bytes, an empty answer, no pair, and the first row again."""
 
     def write(folder: Path) -> None:
-        pair = [("user", pa.string()), ("assistant", pa.string()), ("source", pa.string())]
+        pair = [("user", pa.string()), (answer, pa.string()), ("source", pa.string())]
         schema = pa.schema([("images", pa.list_(IMAGE_TYPE)), ("texts", pa.list_(pa.struct(pair)))])
-        texts = [{"user": question, "assistant": answer}, {"user": "Où est-ce?", "assistant": "東京"}]
+        texts = [{"user": said, answer: reply}, {"user": "Où est-ce?", answer: "東京"}]
         good = {"images": [{"bytes": picture(1), "path": None}], "texts": texts}
         rows = [good, good | {"images": [{"bytes": None, "path": "gone.png"}]}]
-        rows += [good | {"texts": [{"user": question, "assistant": ""}]}, good | {"texts": []}, good]
+        rows += [good | {"texts": [{"user": said, answer: ""}]}, good | {"texts": []}, good]
         parquet(folder / "train-00000-of-00001-0496147841e1c23a.parquet", rows, schema)
 
     return write

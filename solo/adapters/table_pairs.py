@@ -31,19 +31,20 @@ def read(  # noqa: PLR0913 - one argument for each field of the spec
         if isinstance(row, Rejected):
             yield row
             continue
-        turns = _turns(row.get(pairs), question, answer)
-        yield turns if isinstance(turns, Rejected) else _sample(place, row.get(images or ""), turns, source, images)
+        items, fields = row.get(pairs) or [], (question, answer)
+        if not isinstance(items, list):
+            yield Rejected(place, "bad_record", f"{pairs} is {type(items).__name__}, not a list")
+            continue
+        turns = [item.get(f) if isinstance(item, dict) else None for item in items for f in fields]
+        if None in turns:
+            yield Rejected(place, "bad_record", f"an item of {pairs} has no {fields[turns.index(None) % 2]}")
+        elif not turns:
+            yield Rejected(place, "empty", f"{pairs} has no question-answer pair")
+        else:
+            yield _sample(place, cell_pictures(row.get(images), place) if images else [], turns, source)
 
 
-def _turns(pairs: object, question: str, answer: str) -> list[object]:
-    items = pairs if isinstance(pairs, list) else []
-    return [item.get(name) if isinstance(item, dict) else None for item in items for name in (question, answer)]
-
-
-def _sample(place: str, cell: object, turns: list[object], source: str, images: str | None) -> Sample | Rejected:
-    if not turns:
-        return Rejected(place, "empty", "no question-answer pair")
-    pictures = cell_pictures(cell, place) if images else []
+def _sample(place: str, pictures: list[bytes] | Rejected, turns: list[object], source: str) -> Sample | Rejected:
     if isinstance(pictures, Rejected):
         return pictures
     try:
