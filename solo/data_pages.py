@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 from solo import gallery, pack_pages
 from solo.artifact import Artifact
 from solo.charts import Panel, histograms, stacked
+from solo.counts import TEXT_COUNTS
 from solo.markdown import BAR, bar, escape, picture, table
+from solo.regrid import FORMS
 
 Row = dict[str, Any]
 Inputs = Mapping[str, Artifact]
@@ -31,6 +33,7 @@ MEASURES = (  # column, title, log axis
     ("language_score", "language score", False),
 )
 N_LANGUAGES = 12
+FORM_NAMES = {"as_came": "as they came", "bare": "without metadata", "jpeg": "as JPEG", "png": "as PNG"}
 
 
 def acquire_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
@@ -97,10 +100,40 @@ def shard_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
         }
 
 
+def role_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
+    """One row per source: its text tokens by who says them, and how many of them are learnt."""
+    for a in artifacts:
+        s = a.manifest.stats
+        by_role = {name.removeprefix("n_").removesuffix("_tokens"): s[name] for name in TEXT_COUNTS}
+        share = _share(s["n_loss_tokens"], s["n_text_tokens"])
+        yield {"source": a.manifest.name, "text tokens": s["n_text_tokens"], **by_role, "with loss": share}
+
+
+def grid_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
+    """One row per source whose pictures lie in the shards at their patch grid."""
+    for a in artifacts:
+        s, spec = a.manifest.stats, a.manifest.spec["shard"].get("grid_pictures")
+        if spec:
+            psnr = s["psnr_db"] or {"lowest": None, "median": None}
+            yield {
+                "source": a.manifest.name,
+                "quality": spec["jpeg_quality"],
+                "images": s["n_images"],
+                **{FORM_NAMES[form]: s[f"n_images_{form}"] for form in FORMS},
+                "bytes before": s["image_bytes_in"],
+                "bytes": s["image_bytes"],
+                "lowest PSNR, dB": psnr["lowest"],
+                "median PSNR, dB": psnr["median"],
+            }
+
+
 def shard_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
-    """Tokens by source and modality."""
+    """Tokens by source, modality and role; what became of pictures that were resized."""
     yield "# Shards: what the ledgers hold"
     yield table(list(shard_rows(artifacts)))
+    yield f"## Text by role\n\n{table(list(role_rows(artifacts)))}"
+    if resized := list(grid_rows(artifacts)):
+        yield f"## Pictures at their patch grid\n\n{table(resized)}"
     yield picture(stacked("Tokens in shards", _modality(_stats(artifacts)), unit="tokens"), "tokens by modality")
     ledgers = [_columns(a, ("n_tokens", "n_patches")) for a in artifacts]
     tokens = {a.manifest.name: t["n_tokens"] for a, t in zip(artifacts, ledgers, strict=True)}

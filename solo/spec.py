@@ -62,11 +62,18 @@ class Filter(Spec):
     unique: tuple[str, ...] = ()
 
 
+class GridPictures(Spec):
+    """Pictures resized once to the recipe's patch grid and stored so; solo/regrid.py says what stays as it came."""
+
+    jpeg_quality: int = Field(ge=1, le=100)
+
+
 class Shard(Spec):
     """How kept samples become tars, and which token template their ledger counts."""
 
     samples_per_shard: int = Field(gt=0)
     template: Template = Field(description="plain: pieces concatenated; inst: SOLO's [INST] chat form")
+    grid_pictures: GridPictures | None = Field(default=None, description="null: original bytes; the loader resizes")
 
 
 class SourceSpec(Spec):

@@ -1,4 +1,4 @@
-"""Pieces: two kinds of tokenizer file behind one face, both cut so that no text reaches a control or added token.
+"""Tokenizer files: two kinds behind one face, both cut so that no text reaches a control or added token.
 
 In: the bytes of a SentencePiece `.model` or a Hugging Face `tokenizer.json`. Out: `encode`, `decode`, and of each id
 whether it is text or control. Invariant: ids from SOLO's own on, where a file has them (the released tokenizer's
