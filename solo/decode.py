@@ -44,6 +44,7 @@ class Scratch(threading.local):
 
     def __init__(self) -> None:
         self.buffers: dict[str, np.ndarray] = {}
+        self.header: tuple[bytes, tuple[int, int, int] | None] = (b"", None)  # of the picture asked about last
 
     def take(self, name: str, n_bytes: int) -> np.ndarray:
         """(n_bytes,) uint8 with anything in it, good until the same name is taken again."""
@@ -120,6 +121,13 @@ def _resize(shown: np.ndarray, out: np.ndarray) -> None:
 
 
 def _jpeg(data: bytes) -> tuple[int, int, int] | None:
+    """`_header`, read once for the three who ask one after the other."""
+    if scratch.header[0] is not data:
+        scratch.header = (data, _header(data))
+    return scratch.header[1]
+
+
+def _header(data: bytes) -> tuple[int, int, int] | None:
     """(width, height as stored, EXIF orientation) of a JPEG that needs no conversion of Pillow's, else None."""
     if not data.startswith(JPEG):
         return None
