@@ -3,7 +3,7 @@
 In: image bytes. Out: the grid and the patches of `solo.patches`, or a `Room` filled with pixels that are cut where they
 are read. Invariants: every image keeps the treatment that `solo.patches` documents; JPEG pixels equal Pillow's (both
 are libjpeg-turbo with the accurate DCT), and a resized value is at most two levels off (each pass rounds), so no
-picture is below 42 dB. Cost: libjpeg, three quarters of it Huffman decoding, then half as much again for a resize; a
+picture is below 42 dB. Cost: libjpeg at 340 megapixels a second, half as much again for a resize; a
 picture stored at its grid is decoded in place. See `solo bench loader`.
 
 What is not done, and why: DCT-scaled decoding. At half scale with a total shrink of 4, photographs keep 43 dB against
