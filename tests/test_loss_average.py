@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import test_train
+import test_trained
 from test_train import MODEL, TOKENS
 
 from solo import train
@@ -77,7 +78,7 @@ def first_packs(inputs: dict[str, Artifact], folder: Path, n: int) -> dict[str, 
 def damage(inputs: dict[str, Artifact], folder: Path) -> dict[str, Artifact]:
     """The first document of pack 0, and of every pack like it, cannot be read."""
     key = pq.read_table(inputs["pack/tiny"].path / "plan.parquet")["key"][0].as_py()
-    return test_train.damage(inputs, folder, "caption", key)
+    return test_trained.damage(inputs, folder, "caption", key)
 
 
 @pytest.fixture(scope="module")
