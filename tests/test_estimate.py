@@ -110,3 +110,5 @@ def test_the_command_prints_and_gives_json(monkeypatch: pytest.MonkeyPatch, tmp_
     shown = CliRunner().invoke(cli.app, ["plan", "solo-7b"]).stdout
     assert "445,565  3,481   6,814,674,150   8,031,924,763" in shown
     assert "unpinned, acquire will refuse: imagenet-21k" in shown
+    table = shown[shown.index("stage        packs") : shown.index("\n- stage-1")]
+    assert table in (CHECKOUT / "README.md").read_text()
