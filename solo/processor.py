@@ -124,7 +124,9 @@ class SoloProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json says."""
-        fields: dict[str, Any] = self.tokenizer.tokens.model_dump(mode="json", exclude={"tokenizer"})
+        tokens = self.tokenizer.tokens
+        unsaid = {"tokenizer"} | ({"plain_eos"} if tokens.plain_eos is None else set())
+        fields: dict[str, Any] = tokens.model_dump(mode="json", exclude=unsaid)
         return {"processor_class": type(self).__name__, "tokenizer_file": self.tokenizer.file_name} | fields
 
     def save_pretrained(self, save_directory: str | Path) -> list[str]:  # type: ignore[override]
