@@ -7,9 +7,13 @@ an image counts. Cost: one pass to index, about 200 bytes of memory an image, th
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
-from solo.upstream import array_items
+from solo.sample import Rejected
+from solo.upstream import array_items, parse
+
+log = logging.getLogger(__name__)
 
 MARK = "<image>"
 
@@ -20,12 +24,17 @@ class FollowUps:
     def __init__(self, path: Path) -> None:
         self.file = path.open("rb")
         self.places: dict[str, tuple[int, int]] = {}
+        n_odd = 0
         for offset, raw in array_items(path):
             if not raw:
                 raise ValueError(f"{path}: damaged at byte {offset}; fetch it again")
-            record = json.loads(raw)
-            if isinstance(record, dict) and isinstance(record.get("image"), str):
+            record = parse(raw, path.name)
+            if isinstance(record, Rejected) or not isinstance(record.get("image"), str):
+                n_odd += 1
+            else:
                 self.places.setdefault(record["image"], (offset, len(raw)))
+        if n_odd:
+            log.warning("%s: %d records name no image or are no JSON objects; they follow up on nothing", path, n_odd)
 
     def turns(self, image: object) -> list[object]:
         """The turns about this image, its mark taken out: it has been shown already."""

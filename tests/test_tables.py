@@ -11,7 +11,7 @@ import pytest
 import source_layouts as write
 
 from solo import tables, upstream
-from solo.adapters import llava, table_columns, table_messages
+from solo.adapters import llava, table_columns, table_messages, url_questions
 from solo.image_files import Pictures
 from solo.sample import Rejected
 
@@ -139,8 +139,13 @@ def test_follow_ups_go_on_about_their_image_only(tmp_path: Path) -> None:
     first = [{"image": f"{i}.jpg", "conversations": write.talk("<image>\nDescribe.", f"A {i}.")} for i in (1, 2)]
     more = [{"image": "1.jpg", "conversations": write.talk("<image>\nWhy?", a)} for a in ("First.", "Second.")]
     (tmp_path / "chat.json").write_text(json.dumps(first))
-    (tmp_path / "more.json").write_text(json.dumps(more))
+    (tmp_path / "more.json").write_bytes(json.dumps(["odd", *more]).encode()[:-1] + b', {"image": "\xff"}]')
     items = list(llava.read(tmp_path, source="s", follow_ups="more.json"))
     answers = [[i["text"] for m in item.messages[1::2] for i in m["content"]] for item in items]  # type: ignore[union-attr]
     assert answers == [["A 1.", "First."], ["A 2."]]
     assert sum(i["type"] == "image" for m in items[0].messages for i in m["content"]) == 1  # type: ignore[union-attr]
+
+
+def test_a_wrong_argument_of_a_url_list_with_questions_is_the_specs_fault(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"s: acquire\.args: .*'url_column'.* as for url_list\.download"):
+        list(url_questions.download(tmp_path, source="s", job=None, question="What?", url="x"))  # type: ignore[arg-type]
