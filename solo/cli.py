@@ -255,6 +255,30 @@ def backbone(  # noqa: PLR0913, PLR0917 (a command's options)
     typer.echo(yaml.safe_dump(write(folder, out_folder, **how), sort_keys=False).rstrip())
 
 
+@app.command()
+def sql(
+    query: Annotated[
+        str | None, typer.Argument(help="One SELECT; without it a terminal, or a pipe that holds it.")
+    ] = None,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Ask all artifacts under the data root in SQL, read-only; `SELECT * FROM views` says what there is."""
+    from solo import sql_shell
+    from solo.sql import session
+
+    if as_json and as_csv:
+        raise ValueError("sql: --json and --csv exclude each other; give one")
+    with session(Settings.from_env().root) as opened:
+        for text in opened.damaged:
+            typer.echo(f"left out, {text}", err=True)
+        if query is None and sys.stdin.isatty():
+            sql_shell.converse(opened, typer.echo)
+        else:
+            text = query if query is not None else sys.stdin.read()
+            typer.echo(sql_shell.written(opened.ask(text), "json" if as_json else "csv" if as_csv else "table"))
+
+
 def _module(*arguments: str) -> list[str]:
     """The command of flows/server.py, which holds all that knows Prefect."""
     return [sys.executable, "-m", "flows.server", *arguments]

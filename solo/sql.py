@@ -1,0 +1,287 @@
+"""SQL: a locked DuckDB over every finished artifact of a data root, for questions nobody foresaw.
+
+In: a data root and one query. Out: columns and rows. Invariants: a query is a SELECT over the views of `VIEWS`, so it
+changes nothing, and reads no file but theirs; each row names its artifact. Two locks, each enough alone for a read:
+the parse tree is held against a list of what may stand in it (in DuckDB 2.0 a CTE may hold a COPY or an INSERT), and
+DuckDB itself may open the files of the views and no other. Cost: one stat per file of an artifact, then the footers of
+the views that the query names; memory and scratch are capped.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import psutil
+import pyarrow as pa
+
+from solo import artifact, raw, trained
+from solo.artifact import Manifest
+from solo.curate import LOCK, literal
+from solo.evaluate import ANSWERS
+from solo.filter import FIXED, VERDICT
+from solo.pack_plan import PACKS, PLAN
+from solo.predicate import one_line
+from solo.shard import PLACE
+
+MEMORY_SHARE = 0.5  # of the machine's; the rest stays with whoever is running a recipe beside the query
+SCRATCH_BYTES = 32 << 30
+SCRATCH_DIRECTORY = ".solo-sql-"
+
+SCORES = pa.schema(
+    [
+        ("category", pa.string()),
+        ("n_questions", pa.int64()),
+        ("score", pa.float64()),
+        ("blind", pa.float64()),
+        ("chance", pa.float64()),
+        ("protocol", pa.string()),
+        ("checkpoint_digest", pa.string()),
+    ]
+)
+NAMED = (("artifact", pa.string()), ("name", pa.string()), ("fingerprint", pa.string()))
+
+
+@dataclass(frozen=True)
+class View:
+    """Files of one part as one table; `files` is a glob inside an artifact, '' where rows come from manifests."""
+
+    part: str
+    files: str
+    columns: pa.Schema
+    what: str
+
+
+VIEWS = {
+    "outcomes": View("acquire", "outcomes.parquet", raw.SCHEMA, "a row per upstream record: status, error, raw place"),
+    "signals": View("filter", "signals.parquet", FIXED, "a row per acquired sample: what was measured of it"),
+    "verdicts": View("filter", "verdicts.parquet", VERDICT, "a row per acquired sample: kept, or the reason why not"),
+    "ledger": View("shard", "shards/*.parquet", PLACE, "a row per sharded sample: place, tokens, patches, roles"),
+    "locks": View("curate", "lock.parquet", LOCK, "a row per sample of a mix, with n_repeats"),
+    "packs": View("pack", "packs.parquet", PACKS, "a row per pack: documents, tokens, source"),
+    "plan": View("pack", "plan.parquet", PLAN, "a row per document in a pack: pack, slot, key, token range"),
+    "trained": View("train", "trained.parquet", trained.ROW, "a row per pack trained: step, loss, tokens by source"),
+    "answers": View("evaluate", "answers.parquet", ANSWERS, "a row per question: prompt, response, right or wrong"),
+    "scores": View("evaluate", "", SCORES, "a row per benchmark and category; category '' is all of it"),
+}
+CATALOG = "views"  # the table that lists the others
+ALL = "_all"  # with this at its end a view holds every artifact, not only the one made last under each name
+
+# What may stand in a query's tree. Table functions that make rows from their arguments; all others read something.
+NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
+TABLE_FUNCTIONS = {"range", "generate_series", "unnest", "json_each", "json_tree", "repeat", "repeat_row"}
+REFUSED_FUNCTIONS = {"write_log", "sleep_ms", "nextval", "setval", "currval", "getvariable", "current_setting"}
+PARSED = "SELECT json_serialize_sql($text)"
+
+
+class QueryError(ValueError):
+    """A query that is refused or fails, in one line."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Columns of a query and its rows."""
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+
+
+class Session:
+    """A connection that answers queries over the artifacts under one root."""
+
+    def __init__(self, root: Path, scratch: Path, *, memory_bytes: int | None = None) -> None:
+        self.artifacts, self.damaged = finished(root)
+        self._newest = newest(self.artifacts)
+        self._made: set[str] = set()
+        memory = memory_bytes or int(psutil.virtual_memory().total * MEMORY_SHARE)
+        self._con = lock(scratch, self._files(), memory_bytes=memory)
+        self._parser = duckdb.connect()
+        self._con.from_arrow(catalog()).create(CATALOG)
+
+    def close(self) -> None:
+        """Give the memory and the scratch back."""
+        self._con.close()
+        self._parser.close()
+
+    def ask(self, text: str) -> Answer:
+        """The rows of one query; QueryError where it is no query, names what there is not, or fails."""
+        try:
+            names = check(self._parser, text)
+            for name in sorted(names):
+                self._make(name)
+            found = self._con.execute(text)
+            columns = [str(d[0]) for d in found.description or ()]
+            return Answer(columns, found.fetchall())
+        except duckdb.Error as error:
+            raise QueryError(f"sql: {one_line(error)}") from None
+
+    def _files(self) -> list[str]:
+        views = [v for v in VIEWS.values() if v.files]
+        files = [f for folder, m in self.artifacts for v in views if v.part == m.part for f in _matching(folder, v)]
+        return sorted({*files, *map(glob.escape, files)})  # a path is looked up first as it is written, escapes and all
+
+    def _make(self, name: str) -> None:
+        """Create a view once a query names it: with 10,000 shards, opening all footers would take seconds."""
+        if name in self._made or name == CATALOG:
+            return
+        view = VIEWS[name.removesuffix(ALL)]
+        chosen = self.artifacts if name.endswith(ALL) else self._newest
+        chosen = [(folder, m) for folder, m in chosen if m.part == view.part]
+        columns = pa.schema([*NAMED, *view.columns])
+        if not view.files:
+            rows = [row for _, m in chosen for row in _scores(m)]
+            self._con.from_arrow(pa.Table.from_pylist(rows, columns)).create(name)
+        else:
+            self._con.execute(f'DROP TABLE IF EXISTS "{name}_columns"')  # of an attempt that failed half-way
+            self._con.from_arrow(columns.empty_table()).create(f"{name}_columns")
+            selects = [f'SELECT * FROM "{name}_columns"']
+            selects += [_select(m, files) for folder, m in chosen if (files := _matching(folder, view))]
+            self._con.execute(f'CREATE VIEW "{name}" AS {" UNION ALL BY NAME ".join(selects)}')
+        self._made.add(name)
+
+
+@contextmanager
+def session(root: Path, *, memory_bytes: int | None = None) -> Iterator[Session]:
+    """A session whose scratch is a folder of its own and gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_DIRECTORY) as scratch:
+        opened = Session(root, Path(scratch), memory_bytes=memory_bytes)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+def lock(scratch: Path, files: Sequence[str], *, memory_bytes: int) -> duckdb.DuckDBPyConnection:
+    """A DuckDB that can open `files` and its scratch, has no extension, and whose settings are final."""
+    config = {
+        "temp_directory": str(scratch),
+        "max_temp_directory_size": f"{SCRATCH_BYTES}B",
+        "memory_limit": f"{memory_bytes}B",
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "allow_community_extensions": False,
+        "allow_persistent_secrets": False,
+    }
+    con = duckdb.connect(config=config)
+    con.execute("SET python_enable_replacements = FALSE")  # else a table's name could be a variable of this program
+    con.execute(f"SET allowed_paths = {literal(list(files))}")
+    con.execute("SET enable_external_access = FALSE")
+    con.execute("SET lock_configuration = TRUE")
+    return con
+
+
+def finished(root: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+    """Every whole artifact under a data root in order of its path, and what is wrong with the others."""
+    good, bad = [], []
+    for path in sorted(root.glob(f"*/*/*/{artifact.MANIFEST}")):
+        folder = path.parent
+        wrong = artifact.damage(folder)
+        manifest = artifact.read_manifest(folder)
+        if wrong or manifest is None:
+            bad.append(f"{folder.relative_to(root)}: {wrong}")
+        else:
+            good.append((folder, manifest))
+    return good, bad
+
+
+def newest(found: Sequence[tuple[Path, Manifest]]) -> list[tuple[Path, Manifest]]:
+    """Of each part and name the artifact made last."""
+    last: dict[str, tuple[Path, Manifest]] = {}
+    for folder, m in found:
+        if m.id not in last or float(m.record["made_at"]) > float(last[m.id][1].record["made_at"]):
+            last[m.id] = (folder, m)
+    return list(last.values())
+
+
+def catalog() -> pa.Table:
+    """What the views hold, as a table."""
+    rows = [{"view": n, "part": v.part, "holds": v.what} for n, v in VIEWS.items()]
+    rows += [{"view": n + ALL, "part": v.part, "holds": "the same, with older artifacts"} for n, v in VIEWS.items()]
+    return pa.Table.from_pylist(rows)
+
+
+def check(parser: duckdb.DuckDBPyConnection, text: str) -> set[str]:
+    """The views that a query names; QueryError unless it is one SELECT over them and nothing else."""
+    ((parsed,),) = parser.execute(PARSED, {"text": text}).fetchall()
+    tree = json.loads(parsed)
+    if tree["error"]:
+        # A syntax error has its place; any other statement has a message that speaks of JSON.
+        said = one_line(duckdb.Error(tree["error_message"]))
+        raise QueryError(f"sql: {said}" if tree.get("position") else "sql: only SELECT is answered here, one at a time")
+    if len(tree["statements"]) != 1:
+        raise QueryError(f"sql: {len(tree['statements'])} statements; give one SELECT")
+    tables: set[str] = set()
+    ctes: set[str] = set()
+    for node in _nodes(tree["statements"][0]["node"]):
+        _check_node(node)
+        if node.get("type") == "BASE_TABLE":
+            tables.add(".".join(node["qualified_name"]["path"]))
+        ctes |= {entry["key"].lower() for entry in (node.get("cte_map") or {}).get("map", ())}
+        if "cte_name" in node:
+            ctes.add(node["cte_name"].lower())
+    known = {CATALOG, *VIEWS, *(name + ALL for name in VIEWS)}
+    if unknown := sorted(t for t in tables if t.lower() not in known | ctes):
+        raise QueryError(f"sql: no view {unknown[0]!r}; views are {', '.join((*VIEWS, CATALOG))}, and each with {ALL}")
+    return {t.lower() for t in tables} & known
+
+
+def _check_node(node: Mapping[str, Any]) -> None:
+    kind = node.get("type")
+    if isinstance(kind, str) and kind.endswith("_NODE") and kind not in NODES:
+        verb = kind.removesuffix("_NODE").removesuffix("_QUERY")
+        raise QueryError(f"sql: {verb} inside a query; only SELECT is answered here, nothing can be changed")
+    if kind == "SHOW_REF":
+        raise QueryError(f"sql: SHOW and DESCRIBE are not answered; `SELECT * FROM {CATALOG}` lists the views")
+    if kind == "TABLE_FUNCTION":
+        name = node["function"].get("function_name", "").lower()
+        if name not in TABLE_FUNCTIONS:
+            raise QueryError(f"sql: {name}() reads what is no view; views are {', '.join(VIEWS)}")
+    elif str(node.get("function_name", "")).lower() in REFUSED_FUNCTIONS:
+        raise QueryError(f"sql: {node['function_name']}() is not a function of the data; take it out")
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield node
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+
+
+def _matching(folder: Path, view: View) -> list[str]:
+    return [str(path) for path in sorted(folder.glob(view.files))]
+
+
+def _select(m: Manifest, files: Sequence[str]) -> str:
+    paths = literal([glob.escape(f) for f in files])
+    named = f"{literal(m.id)} AS artifact, {literal(m.name)} AS name, {literal(m.fingerprint)} AS fingerprint"
+    return f"SELECT {named}, * FROM read_parquet({paths}, union_by_name := TRUE)"
+
+
+def _scores(m: Manifest) -> Iterator[dict[str, Any]]:
+    own = {"artifact": m.id, "name": m.name, "fingerprint": m.fingerprint}
+    bound = {k: m.stats.get(k) for k in ("chance", "protocol", "checkpoint_digest")}
+    for category, s in {"": m.stats, **m.stats.get("by_category", {})}.items():
+        yield own | bound | {"category": category} | {k: s.get(k) for k in ("n_questions", "score", "blind")}
+
+
+def split(text: str) -> tuple[list[str], str]:
+    """Whole statements typed so far and the rest; a `;` inside quotes or a comment ends nothing."""
+    token = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|;")
+    done, begin = [], 0
+    for match in token.finditer(text):
+        if match[0] == ";":
+            done.append(text[begin : match.start()].strip())
+            begin = match.end()
+    return [s for s in done if s], text[begin:]

@@ -1,0 +1,71 @@
+"""What a spec's `keep` and `where` may say is checked before it is bound: nothing is read, written or set by it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import hostile
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from solo import predicate
+from solo.spec import SpecError
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostile.Ground]:
+    folder = tmp_path_factory.mktemp("ground")
+    for name in ("out", "in"):
+        pq.write_table(pa.table({"a": ["SECRET"]}), folder / f"{name}.parquet")
+    (folder / "cwd").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "cwd")
+        patch.setenv("HOME", str(folder))
+        yield hostile.Ground(folder, folder / "in.parquet")
+
+
+@pytest.fixture(scope="module")
+def con() -> Iterator[duckdb.DuckDBPyConnection]:
+    """With all doors open, as a part that reads and writes files has it: the check alone must hold."""
+    with duckdb.connect() as con:
+        con.execute("CREATE TABLE t AS SELECT i::INT AS n, 'k' || i AS key FROM range(9) r(i)")
+        yield con
+
+
+@pytest.mark.parametrize("text", hostile.PREDICATES)
+def test_a_hostile_predicate_is_one_line_and_touches_nothing(
+    con: duckdb.DuckDBPyConnection, ground: hostile.Ground, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, bound = ground.state(), []
+    monkeypatch.setattr(predicate, "SQLExpression", lambda given: bound.append(given))
+    with pytest.raises(SpecError) as caught:
+        predicate.check(con, con.table("t"), {"bad": ground.fill(text)}, "f.yaml: keep")
+    said = str(caught.value)
+    assert said.startswith("f.yaml: keep.bad: ") and "\n" not in said and "SECRET" not in said
+    assert not bound, "it was given to DuckDB's binder, which opens files"
+    assert ground.state() == before
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(set(hostile.PREDICATES)) >= 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n BETWEEN 1 AND 3 OR n NOT IN (4, 5) OR NOT (key ILIKE '%x_')",
+        "CASE WHEN n > 1 THEN key = 'a' ELSE key IS NOT NULL END",
+        "regexp_matches(key, '^k[0-9]+$') AND length(key) < 9",
+        "list_filter([n, 2], lambda x: x > 1) = [2]",
+        "[x + 1 for x in [n] if x > 0] = [2]",
+        "try_cast(key AS INT) IS NULL AND n::DOUBLE / 3 > 0.5 AND n % 2 = 0",
+        "key COLLATE nocase = 'K1'",
+        "coalesce(n, 0) > 1 AND n IS DISTINCT FROM 3",
+        "DATE '2020-01-01' + INTERVAL 1 DAY > DATE '2020-01-01'",
+        "{'a': n}.a = 1 AND [n][1] = 1 AND key[1] = 'k'",
+        "t.n > 1 AND TRUE",
+    ],
+)
+def test_what_people_write_passes(con: duckdb.DuckDBPyConnection, text: str) -> None:
+    predicate.check(con, con.table("t"), {"p": text}, "f.yaml: keep")
