@@ -59,9 +59,10 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     for name in ("part", "name", "action"):
         table.add_column(name, no_wrap=True, overflow="fold")
     table.add_column("because", ratio=1)
-    for before, p in zip([None, *planned], planned, strict=False):
-        part = "" if before and before.part == p.part else p.part
-        table.add_row(part, p.name, f"[{COLOURS[p.action]}]{p.action}[/]", Text(p.because))
+    shown = ""
+    for part, name, action, because in runs.plan_rows(planned):
+        table.add_row("" if part == shown else part, name, f"[{COLOURS[action]}]{action}[/]", Text(because))
+        shown = part
     out.print(table)
     _say(runs.plan_sentence(planned))
     if any(stage.basis != "unknown" for stage in stages):
