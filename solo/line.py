@@ -112,7 +112,10 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
         identity = {"source": s.name, "revision": s.revision, "acquire": s.acquire.model_dump(mode="json")}
         add("acquire", s.name, identity)
     for s in sources:
-        measured = {"filter": s.filter.model_dump(mode="json"), "signals": measure.versions(s.filter.signals)}
+        measured = {
+            "filter": s.filter.model_dump(mode="json"),
+            "signals": measure.versions(s.filter.signals, s.filter.arguments),
+        }
         add("filter", s.name, measured, [f"acquire/{s.name}"])
     for s in sources:
         shard = {"shard": s.shard.model_dump(mode="json"), "tokens": tokens}
