@@ -1,17 +1,18 @@
 """Duplicates: of samples that are equal or nearly so, which one stays.
 
-In: DuckDB tables `judged` (item, reason, winner; item = rank, the smaller wins) and `evidence` (item, the columns
-compared). Out: `judged` with a reason for each that goes and the item that stays instead. Invariants: only samples
-without a reason compete, so a winner has none; near pairs make clusters by connection (a like b, b like c: one cluster)
-and the smallest item of each stays; the result is the same on 1 or N threads. Of two images within 3 of 64 bits every
-pair is found: 3 bits touch at most 3 of 5 blocks, so 2 blocks agree, in one of 10 ways. Of two texts alike to 0.8 a pair
-is found with 99.8 % (20 bands of 6 minima; at 0.7, 92 %), and judged by all 120 minima. Cost: 10 joins over distinct
+In: DuckDB tables `judged` (item, side, reason, winner; item = rank, the smaller wins; side = rank of its source where
+sources are compared, else the item: two of one side are left alone) and `evidence` (item, the columns compared). Out:
+`judged` with a reason for each that goes and the item that stays instead. Invariants: only samples without a reason
+compete, so a winner has none; near pairs make clusters by connection (a like b, b like c: one cluster) and the
+smallest item of each stays; the result is the same on 1 or N threads. Of two images within 3 of 64 bits every pair is
+found: 3 bits touch at most 3 of 5 blocks, so 2 blocks agree, in one of 10 ways. Of two texts alike to 0.8 a pair is
+found with 99.8 % (20 bands of 6 minima; at 0.7, 92 %), and judged by all 120 minima. Cost: 10 joins over distinct
 hashes (10 M in about 20 s on two cores) or 20 over distinct signatures; pairs are streamed, not stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ COLUMNS = {
 
 REPEATS = """
 SELECT item, winner FROM (
-  SELECT item, min(item) OVER (PARTITION BY {identity}) AS winner
+  SELECT item, side, min(item) OVER same AS winner, min(side) OVER same AS its
   FROM evidence JOIN judged USING (item)
   WHERE reason IS NULL AND {identity} IS NOT NULL
+  WINDOW same AS (PARTITION BY {identity})
 )
-WHERE item <> winner
+WHERE side <> its
 """
 # A winner that goes in a later step hands its own losers on, so that every winner is kept in the end.
 DROP = """
@@ -85,10 +87,11 @@ FROM nodes AS a JOIN nodes AS b ON array_slice(a.minhash, $first, $last) = array
 WHERE a.node < b.node
 """
 LOST = """
-SELECT item, winners.first AS winner
+SELECT judged.item, winners.first AS winner
 FROM evidence JOIN judged USING (item) JOIN nodes ON {same} JOIN labels USING (node)
 JOIN nodes AS winners ON winners.node = labels.label
-WHERE reason IS NULL AND item <> winners.first
+JOIN judged AS its ON its.item = winners.first
+WHERE judged.reason IS NULL AND judged.side <> its.side
 """
 
 
@@ -220,15 +223,21 @@ def _colours_alike(con: duckdb.DuckDBPyConnection, most: int) -> Alike:
     """Whether no cell of two pictures differs in any channel by more than `most` levels; unknown colours are alike."""
     column = con.sql("SELECT colours FROM nodes ORDER BY node").to_arrow_table()["colours"].to_pylist()
     known = np.array([bool(c) for c in column])
-    blank = "00" * COLOUR_BYTES
-    cells = np.frombuffer(bytes.fromhex("".join(c or blank for c in column)), np.uint8).reshape(-1, COLOUR_BYTES)
+    cells = colour_cells(column)
 
     def alike(pairs: np.ndarray) -> np.ndarray:
         a, b = pairs.T
         same: np.ndarray = np.abs(cells[a].astype(np.int16) - cells[b]).max(axis=1) <= most
-        return same | ~known[a] | ~known[b]
+        same[~known[a] | ~known[b]] = True
+        return same
 
     return alike
+
+
+def colour_cells(column: Sequence[str | None]) -> np.ndarray:
+    """The column `colours` as numbers, (n, 48) uint8; what is unknown is black."""
+    blank = "00" * COLOUR_BYTES
+    return np.frombuffer(bytes.fromhex("".join(c or blank for c in column)), np.uint8).reshape(-1, COLOUR_BYTES)
 
 
 def _minima_alike(con: duckdb.DuckDBPyConnection, least: float, scratch: Path) -> Alike:

@@ -2,9 +2,10 @@
 
 In: raw tars of `acquire`, a `Filter` spec. Out: `signals.parquet` (key, raw_shard, every signal column, `meta_*`) and
 `verdicts.parquet` (key, keep, reason, winner: the key kept in place of a duplicate), both sorted by key. Invariants: a
-sample is kept iff every predicate is true (false and NULL drop it, the first such is the reason) and no kept sample with
-a smaller key equals it in a `unique` column or is in its cluster of `near` ones; in = kept + dropped. Cost: a decode per image where a signal is missing, else one scan: a threshold that
-moves reads no pixel. Signals lie at ROOT/signals/<source>/<acquire digest>/<signal>-v<VERSION>/<raw shard>.parquet.
+sample is kept iff every predicate is true (false and NULL drop it, the first such is the reason) and no kept sample
+with a smaller key equals it in a `unique` column or is in its cluster of `near` ones; in = kept + dropped. Cost: a
+decode per image where a signal is missing, else one scan: a threshold that moves reads no pixel. Signals lie at
+ROOT/signals/<source>/<acquire digest>/<signal>-v<VERSION>/<raw shard>.parquet.
 """
 
 from __future__ import annotations

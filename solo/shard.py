@@ -36,7 +36,10 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 
-CARRIED = ("image_sha256", "phash", "width_px", "height_px", "n_chars", "language", "meta_label", "meta_category")
+CARRIED = (
+    *("image_sha256", "phash", "colours", "text_sha256", "minhash"),
+    *("width_px", "height_px", "n_chars", "language", "meta_label", "meta_category"),
+)
 
 PLACE = pa.schema(
     [

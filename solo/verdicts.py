@@ -1,10 +1,10 @@
 """Verdicts: which samples a source keeps and why not the others, from signal columns alone.
 
-In: a DuckDB view `signals` and a `Filter` spec. Out: table `judged` (item: rank by key, key, reason, winner; NULL reason
-= keep). Invariants: a sample is kept iff every predicate is true, in the order of the YAML, so false and NULL both drop
-it and the first such is the reason; of the samples that pass, all but the smallest key of each value in a `unique`
-column are repeats, and of each cluster of `near` ones too (solo/duplicates.py). These are taken in order and only among
-samples still kept; NULL equals nothing. Cost: one scan, and a sort per `unique` column.
+In: a DuckDB view `signals` and a `Filter` spec. Out: table `judged` (item: rank by key, key, reason, winner; NULL
+reason = keep). Invariants: a sample is kept iff every predicate is true, in the order of the YAML, so false and NULL
+both drop it and the first such is the reason; of the samples that pass, all but the smallest key of each value in a
+`unique` column are repeats, and of each cluster of `near` ones too (solo/duplicates.py). These are taken in order and
+only among samples still kept; NULL equals nothing. Cost: one scan, and a sort per `unique` column.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from solo.spec import Filter, SpecError
 
 JUDGED = """
 CREATE OR REPLACE TABLE judged AS
-SELECT row_number() OVER (ORDER BY key) - 1 AS item, key, reason, CAST(NULL AS BIGINT) AS winner FROM passed
+SELECT row_number() OVER (ORDER BY key) - 1 AS item, item AS side, key, reason, CAST(NULL AS BIGINT) AS winner
+FROM passed
 """
 
 

@@ -1,6 +1,5 @@
 """Duplicates: every near pair is found, clusters have one winner, and threads change nothing."""
 
-from collections import Counter
 from itertools import combinations
 
 import duckdb
@@ -12,8 +11,7 @@ from hypothesis import strategies as st
 from raw import acquired, filtered, picture, rows, same_files, sample
 
 from solo import duplicates
-from solo.artifact import LedgerError
-from solo.spec import Near, SpecError
+from solo.spec import SpecError
 
 WORDS = [f"w{i}" for i in range(3_000)]
 

@@ -54,6 +54,7 @@ def _model(weights: Path, revision: str) -> tuple[Any, Any, Any]:
         raise SpecError(f"signal clip.similarity: {weights} is {found}, the spec pins {revision}; set revision to it")
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # one process a core already
-    model = CLIPModel.from_pretrained(weights, local_files_only=True, use_safetensors=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=True)
-    return model, tokenizer, AutoImageProcessor.from_pretrained(weights, local_files_only=True)
+    local: dict[str, Any] = {"pretrained_model_name_or_path": weights, "local_files_only": True}
+    model: Any = CLIPModel.from_pretrained(**local, use_safetensors=True)
+    processor: Any = AutoImageProcessor
+    return model.eval(), AutoTokenizer.from_pretrained(**local), processor.from_pretrained(**local)

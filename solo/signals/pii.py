@@ -1,7 +1,7 @@
 """Signals of personal data in a sample's text: how many shapes of each kind, never what they are.
 
-A shape is what looks like one and passes its check digits: a card number Luhn's, an IBAN mod 97; an IP address is public
-or private alike. Invariant: no value is kept. Cost: about 1 ms for 1,000 words.
+A shape is what looks like one and passes its check digits: a card number Luhn's, an IBAN mod 97; an IP address is
+public or private alike. Invariant: no value is kept. Cost: about 1 ms for 1,000 words.
 """
 
 from __future__ import annotations
