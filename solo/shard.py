@@ -34,7 +34,7 @@ from solo.spec import Shard, Spec, SpecError, Tokens
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2  # 2: the ledger carries colours, text_sha256 and minhash where they were measured
 
 CARRIED = (
     *("image_sha256", "phash", "colours", "text_sha256", "minhash"),
