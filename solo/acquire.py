@@ -25,6 +25,7 @@ from solo.artifact import Job, Result, file_sha256
 from solo.plugin import resolve
 from solo.raw import OUTCOMES, SCHEMA, RawTars, Spool, write_sorted
 from solo.sample import Rejected, Sample, make_key
+from solo.shards import check_protocol
 from solo.spec import Acquire, SpecError
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def _result(job: Job) -> Result:
 def _locate(job: Job, source: str, location: str) -> Path:
     """The location on this machine; an fsspec URL is copied into the scratch first, whole."""
     if re.match(r"[a-z0-9+.-]+://", location):
+        check_protocol(location)
         target, aside = job.work / "upstream", job.work / "upstream.tmp"
         if not target.exists():
             shutil.rmtree(aside, ignore_errors=True)

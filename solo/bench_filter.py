@@ -1,9 +1,9 @@
 """Bench of the filter: what each signal costs, and the search for near duplicates as sources grow.
 
-In: nothing; pictures and texts are made here. Out: one dict: samples a second of one core by signal, once alone with its
-decode and once after a decode that others needed anyway; near images among random 64-bit hashes with planted pairs, and
-near texts among random signatures, in a process of their own each, so that its peak memory is its own; the same for
-1x, 10x and 100x rows. Cost: two minutes at 10 M hashes.
+In: nothing; pictures and texts are made here. Out: one dict: samples a second of one core by signal, once alone with
+its decode and once after a decode that others needed anyway; near images among random 64-bit hashes with planted
+pairs, and near texts among random signatures, in a process of their own each, so that its peak memory is its own; the
+same for 1x, 10x and 100x rows. Cost: two minutes at 10 M hashes.
 """
 
 from __future__ import annotations

@@ -208,6 +208,25 @@ def _figures(found: dict[str, Any], as_json: bool) -> None:
     out.print_json(json.dumps({k: v for k, v in found.items() if k != "machine"}))
 
 
+@app.command()
+def backbone(  # noqa: PLR0913, PLR0917 (a command's options)
+    folder: Annotated[Path, typer.Argument(help="A Mistral, Llama, SmolLM2, Qwen2 or Qwen3 checkpoint.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Where the SOLO to train is written.")],
+    gguf: Annotated[str | None, typer.Option(help="Name of a GGUF file in the folder.")] = None,
+    new_rows: Annotated[str, typer.Option(help="How SOLO's new ids begin: normal or mean.")] = "normal",
+    bos: Annotated[str | None, typer.Option(help="Token that begins a document, where the model has none.")] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")] = False,
+    seed: int = 0,
+) -> None:
+    """Turn a published text model into a SOLO to train, and print the blocks that its recipe needs."""
+    import yaml
+
+    from solo.backbone import write
+
+    how: dict[str, Any] = {"gguf_file": gguf, "bos": bos, "new_rows": new_rows, "untie": untie, "seed": seed}
+    typer.echo(yaml.safe_dump(write(folder, out_folder, **how), sort_keys=False).rstrip())
+
+
 def _module(*arguments: str) -> list[str]:
     """The command of flows/server.py, which holds all that knows Prefect."""
     return [sys.executable, "-m", "flows.server", *arguments]

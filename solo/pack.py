@@ -7,6 +7,10 @@ lock tokens = planned tokens + dropped tokens, by source, checked on the files w
 each other, proven on some of its packs (solo/proof.py). Cost: one sort of the exposures in DuckDB, a few microseconds
 a pack, and about five seconds for the proof, most of it loading torch.
 
+Where a pack holds one source, each source ends in a pack that is not full. Upstream trains those as they are; here
+their documents share packs, never more of them than there are sources, and packs that fill no batch are dropped and
+counted.
+
 Loss tokens: a document's first token is never a target. A piece cut from inside a document has no predictor for its
 first token either, so each cut (`split_boundaries`) takes one target away: that is the whole difference to the lock.
 """

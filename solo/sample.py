@@ -176,11 +176,12 @@ def _members(tar: BinaryIO) -> Iterator[tuple[str, bytes]]:
         if not any(header):
             return  # the zero blocks that end a tar
         name, size = _header(header)
-        padded = size + -size % BLOCK_BYTES
-        data = tar.read(padded)
-        if len(data) != padded:
-            raise ValueError(f"tar member {name!r} ends {padded - len(data)} bytes early; make the tar again")
-        yield name, data[:size]
+        padding = -size % BLOCK_BYTES
+        data, rest = tar.read(size), tar.read(padding)  # apart: a picture cut from its padding would be copied
+        if len(data) + len(rest) != size + padding:
+            early = size + padding - len(data) - len(rest)
+            raise ValueError(f"tar member {name!r} ends {early} bytes early; make the tar again")
+        yield name, data
 
 
 def _header(header: bytes) -> tuple[str, int]:

@@ -78,11 +78,18 @@ class Filter(Spec):
     near: Near = Near()
 
 
+class GridPictures(Spec):
+    """Pictures resized once to the recipe's patch grid and stored so; solo/regrid.py says what stays as it came."""
+
+    jpeg_quality: int = Field(ge=1, le=100)
+
+
 class Shard(Spec):
     """How kept samples become tars, and which token template their ledger counts."""
 
     samples_per_shard: int = Field(gt=0)
     template: Template = Field(description="plain: pieces concatenated; inst: SOLO's [INST] chat form")
+    grid_pictures: GridPictures | None = Field(default=None, description="null: original bytes; the loader resizes")
 
 
 class SourceSpec(Spec):
@@ -195,7 +202,9 @@ class Stage(Spec):
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     mix: str
     pack_tokens: int = Field(gt=1)
-    pack_by: Literal["source", "mix"] = Field(description="source: a pack holds one source, as upstream; mix: any")
+    pack_by: Literal["source", "mix"] = Field(
+        description="source: a pack holds one source, as upstream, but its last, not full, may be shared; mix: any"
+    )
     batch_packs: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(ge=0)

@@ -33,7 +33,8 @@ import pyarrow.parquet as pq
 from solo import checkpoint, trained
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.plan import Plan
-from solo.spec import Stage
+from solo.spec import ModelSpec, Stage, Tokens
+from solo.tokenizer import Tokenizer, check_model
 
 VERSION = 2  # 2: trained.parquet names the documents left out; counts are of documents
 
@@ -87,6 +88,8 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
             f"train/{job.name}: the plan has {plan.num_rows} packs, one step needs batch_packs = {stage.batch_packs}; "
             f"add data to mix {stage.mix!r} or lower pack_tokens or batch_packs"
         )
+    vocabulary = Tokenizer(Tokens.model_validate(job.spec["tokens"])).vocabulary
+    check_model(ModelSpec.model_validate(job.spec["model"]), vocabulary)
     assert plan.num_rows % stage.batch_packs == 0, f"pack left {plan.num_rows} packs, batches of {stage.batch_packs}"
     n_steps = plan.num_rows // stage.batch_packs
     n_gpus = gpu_count()

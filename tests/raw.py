@@ -83,11 +83,12 @@ def filtered(root, source, *, signals=("image.size", "image.hashes", "text.size"
     return make(job("filter", {"filter": spec}, [source], root, workers=workers), filter_part.run)[0]
 
 
-def sharded(root, samples, *, size=4, template="plain", workers=1, tokens=TOKENS, **how):
+def sharded(root, samples, *, size=4, template="plain", workers=1, tokens=TOKENS, jpeg_quality=None, **how):
     """Acquire, filter and shard these samples; returns the shard artifact."""
     source = acquired(root, samples, per_shard=how.pop("per_shard", 5))
     inputs = [source, filtered(root, source, **how)]
-    spec = {"shard": {"samples_per_shard": size, "template": template}, "tokens": tokens}
+    grid = {"grid_pictures": {"jpeg_quality": jpeg_quality}} if jpeg_quality else {}
+    spec = {"shard": {"samples_per_shard": size, "template": template} | grid, "tokens": tokens}
     return make(job("shard", spec, inputs, root, workers=workers), shard_part.run)[0]
 
 

@@ -1,12 +1,11 @@
-"""Talk with a tiny random checkpoint: in processes as users start them, and in this one for what they cannot show."""
+"""Talk with a tiny random checkpoint: in a process as users start it, and in this one for the rest."""
 
+import io
 import json
 import os
-import pty
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from test_tokens import TOKENIZER, TOKENS
 from tiny import COLOURS, picture
 
-from solo.chat import Chat, Printer, answer_lines, checkpoint_folder, command, visible
+from solo.chat import Chat, Printer, answer_lines, checkpoint_folder, command, converse, visible
 from solo.config import SoloConfig
 from solo.model import SoloForCausalLM
 from solo.processor import SoloProcessor
@@ -45,29 +44,6 @@ def artifact(tmp_path_factory):
     return folder
 
 
-def solo(*arguments):
-    return [sys.executable, "-m", "solo.cli", "chat", *map(str, arguments), "--max-new-tokens=6", "--device=cpu"]
-
-
-@pytest.fixture(scope="module")
-def talks(artifact):
-    """One talk through a pipe and one in a terminal, started side by side: most of their time is Python's imports."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
-    mine, terminal = pty.openpty()
-    piped = subprocess.Popen(
-        solo(artifact, artifact / "red.png"), env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=-1
-    )
-    typed = subprocess.Popen(solo(artifact), env=env, stdin=terminal, stdout=terminal, stderr=terminal)
-    os.close(terminal)
-    try:
-        yield piped, typed, mine
-    finally:
-        for process in (piped, typed):
-            process.kill()
-            process.wait()
-        os.close(mine)
-
-
 @pytest.fixture(scope="module")
 def chat(artifact):
     return Chat(artifact, max_new_tokens=6, device="cpu")
@@ -81,47 +57,49 @@ def alone(chat, question, *pictures):
     return chat.ask(question, lambda _: None)
 
 
-def test_in_a_pipe_each_line_is_answered_by_a_line(talks, chat, artifact):
-    out, errors = talks[0].communicate(QUESTIONS.encode(), timeout=120)
-    assert (talks[0].returncode, errors) == (0, b"")
+def test_in_a_pipe_each_line_is_answered_by_a_line(chat, artifact):
+    command = [sys.executable, "-m", "solo.cli", "chat", artifact, artifact / "red.png"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens=6", "--device=cpu"],
+        input=QUESTIONS.encode(),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=200,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
     asked = [alone(chat, question, artifact / "red.png") if question else "" for question in QUESTIONS.split("\n")]
-    assert out.decode() == "".join(" ".join(visible(answer).split()) + "\n" for answer in asked)
+    assert done.stdout.decode() == "".join(" ".join(visible(answer).split()) + "\n" for answer in asked)
     assert len({*asked}) == 3  # the model does not say the same to all
 
 
-def read_until(terminal, end, deadline):
-    seen = b""
-    while not seen.endswith(end):
-        assert time.time() < deadline, seen
-        seen += os.read(terminal, 4096)
-    return seen.replace(b"\r\n", b"\n").decode()
-
-
-def test_in_a_terminal_the_talk_goes_on(talks, chat, artifact):
-    _, process, terminal = talks
-    deadline = time.time() + 120
-    assert "/image PATH" in read_until(terminal, b"> ", deadline)
-    chat.reset()
-
-    def type_in(line):
-        os.write(terminal, line.encode() + b"\r")
-        return read_until(terminal, b"\n> ", deadline).removeprefix(f"{line}\n").removesuffix("\n> ")
-
+def test_in_a_terminal_the_talk_goes_on(chat, artifact, monkeypatch, capsys):
     def expected(question):
         return visible(chat.ask(question, lambda _: None))
 
-    assert type_in("what is this?") == expected("what is this?")
-    assert type_in(f"/image {artifact / 'red.png'}") == "1 for the next question"
+    chat.reset()
+    first = expected("what is this?")
     chat.look(artifact / "red.png")
-    assert type_in("and this?") == expected("and this?")  # after what was said before
-    assert type_in("/image nowhere.png").startswith("error: image nowhere.png: no such file")
-    assert type_in("/exit").startswith("error: '/exit' is no command")
-    assert "\nerror: chat: the talk has " in type_in("word " * 300)  # readline scrolls a long line
-    assert type_in("go on") == expected("go on")  # the errors changed nothing
-    assert type_in("/reset") == "forgotten"
-    assert type_in("what is this?") == alone(chat, "what is this?")
-    os.write(terminal, b"\x04")  # ctrl-d
-    assert process.wait(timeout=60) == 0
+    second, third = expected("and this?"), expected("go on")  # after what was said before
+    assert first == alone(chat, "what is this?") != alone(chat, "and this?")
+    chat.reset()
+    typed = {
+        "what is this?": first,
+        f"/image {artifact / 'red.png'}": "1 for the next question",
+        "and this?": second,
+        "/image nowhere.png": "error: image nowhere.png: no such file; give the path of a picture",
+        "/exit": "error: '/exit' is no command; have /image PATH, /reset, /help",
+        "word " * 300: "error: chat: the talk has ",
+        "go on": third,  # the errors changed nothing
+        "/reset": "forgotten",
+        "what is this? ": first,
+    }
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n\n"))  # and then ctrl-d
+    converse(chat)
+    help_, *answers, end = capsys.readouterr().out.split("> ")
+    assert "/image PATH" in help_ and (answers.pop(), end) == ("", "\n")
+    for answer, (line, due) in zip(answers, typed.items(), strict=True):
+        assert answer == due + "\n" or (line.startswith("word") and answer.startswith(due)), line
 
 
 def test_answers_come_as_they_are_made(chat):
@@ -216,7 +194,7 @@ def test_commands(chat, artifact):
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama', not SOLO's"),
         (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer.model"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "fetch the file again"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text(
                 json.dumps({"weight_map": {"a": "b.safetensors"}})

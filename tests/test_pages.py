@@ -79,6 +79,11 @@ def test_pages_tell_the_counts(written: dict[str, str], recipe: finished.Recipe)
     assert "data:image/jpeg" in written["filter"] and "data:image/jpeg" in written["evaluate"]
     assert "epochs 2" in written["curate"]
     assert "1 duplicate_row, 1 excluded_set" in written["report"]
+    pack = recipe.of("pack")[0].manifest.stats
+    shown = [f"{pack['fill']:.3%}", f"{pack['fill_limit']:.3%}", "as they arrived", "no order is below", "holds"]
+    assert all(text in written["pack"] for text in shown)
+    assert f"{pack['attention_imbalance']['2_ranks']['ordered']['max']:.3f}" in written["pack"]
+    assert f"{pack['proof']['tolerance']:g} nats allowed" in written["pack"]
     assert f"{recipe.made['train/toy-stage'].manifest.stats['n_tokens']:,}" in written["overview"]
 
 

@@ -249,7 +249,7 @@ def test_the_released_layout(release):
     expected = encoded(talk)
     batch = ours.apply_chat_template(talk, tokenize=True, return_dict=True)
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
-    other = SoloProcessor.from_pretrained(release, image_close="</vision>")
+    other = AutoProcessor.from_pretrained(release, image_close="</vision>")
     ids = other.apply_chat_template(talk, tokenize=True)[0].tolist()
     assert (
         ids.count(V) == 1 and ids.count(END) == 1 and ids.index(END) == expected["input_ids"][0].tolist().index(1) - 1

@@ -14,10 +14,12 @@ from sentencepiece import SentencePieceProcessor
 from test_tokens import TOKENIZER, TOKENS, anything, sample
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from solo.pieces import OWN
+from solo.line import CHECKOUT
+from solo.model import SoloForCausalLM
 from solo.sample import IMAGE, text
-from solo.spec import Tokens
-from solo.tokenizer import SOLO, Tokenizer, Vocabulary, read_pinned, tokenizer_path
+from solo.spec import RecipeSpec, Tokens, load
+from solo.tokenizer import SOLO, Tokenizer, Vocabulary, check_model, read_pinned, tokenizer_path
+from solo.tokenizer_file import OWN
 from solo.tokens import tokenize
 
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<s>"]
@@ -84,8 +86,8 @@ def test_an_untouched_file_lets_text_write_control_ids(made):
 @given(value=tricky.map("".join))
 def test_text_never_gives_a_control_id_and_comes_back(pairs, value):
     got = pairs.encode(value)
-    assert not {*CONTROL_IDS.values(), pairs.pieces.id_of("<think>"), pairs.pieces.id_of("<s>")} & set(got)
-    assert all(pairs.pieces.is_text[i] for i in got)
+    assert not {*CONTROL_IDS.values(), pairs.file.id_of("<think>"), pairs.file.id_of("<s>")} & set(got)
+    assert all(pairs.file.is_text[i] for i in got)
     v = pairs.vocabulary
     assert pairs.decode([v.bos, *got, v.vision, v.eos, v.size + 7, -1]) == value
 
@@ -103,7 +105,7 @@ def test_documents_of_another_vocabulary(pairs, asked, answered, template):
     v = pairs.vocabulary
     turns = (("user", IMAGE, text(asked)), ("assistant", text(answered)))
     document = tokenize(sample(*turns), [(1, 2)], pairs, template)
-    control = [i for i in document.ids.tolist() if i >= v.n_text_ids or pairs.pieces.is_control[i]]
+    control = [i for i in document.ids.tolist() if i >= v.n_text_ids or pairs.file.is_control[i]]
     block = [v.vision, v.vpatch, v.vpatch, v.vision_end if template == "plain" else v.vision]
     ends = [v.eos] if template == "inst" and answered.strip() else []
     assert control == ([v.bos, *block] if template == "plain" else [*block, v.bos, *ends])
@@ -111,7 +113,7 @@ def test_documents_of_another_vocabulary(pairs, asked, answered, template):
 
 
 def test_the_vocabulary_follows_the_backbones_embedding(made, pairs):
-    n = pairs.pieces.n_ids
+    n = pairs.file.n_ids
     assert pairs.vocabulary == Vocabulary(n, 0, 2) and pairs.vocabulary.size == n + 1029
     padded = Tokenizer(made.model_copy(update={"text_ids": n + 271})).vocabulary
     assert (padded.vision, padded.vision_end, padded.size) == (n + 271, n + 275, n + 1300)
@@ -154,7 +156,7 @@ def v3():
 def test_another_sentencepiece_model(v3, value):
     assert v3.vocabulary == Vocabulary(32_768, 1, 2)
     got = v3.encode(value)
-    assert all(v3.pieces.is_text[i] for i in got)
+    assert all(v3.file.is_text[i] for i in got)
     assert v3.decode(got) == value.replace("\u2581", " ")
 
 
@@ -165,6 +167,16 @@ def test_a_files_control_token_may_be_chosen(tmp_path):
         Tokenizer(tokens.model_copy(update={"bos": "xyzzy"}))
     with pytest.raises(ValueError, match="eos '\u2581the' is a piece of ordinary text there"):
         Tokenizer(tokens.model_copy(update={"eos": "\u2581the"}))
+
+
+def test_what_text_hardly_has_and_no_token_can_write_reads_as_a_replacement(tmp_path):
+    """SmolLM2's vocabulary lacks six control characters; left to itself the library would drop them."""
+    raw = byte_pairs()
+    for letter in (chr(256 + 4), chr(256 + 0x1D), "\u00f1"):  # the bytes 0x04, 0x1d and 0xf1
+        del raw["model"]["vocab"][letter]
+    tokenizer = Tokenizer(as_json(tmp_path / "tokenizer.json", raw))
+    said = tokenizer.decode(tokenizer.encode("a\x04b\x05c\x1d\U00041234 \U0001f600\U000e0067"))
+    assert said == "a\ufffdb\x05c\ufffd\ufffd \U0001f600\U000e0067"
 
 
 def test_a_file_that_cannot_serve_says_why(tmp_path):
@@ -185,3 +197,16 @@ def test_a_file_that_cannot_serve_says_why(tmp_path):
     for damaged in (b"", b"\x0a\x05", b"\x0a\xff\xff\xff", released()[:-3], b"PK\x03\x04 a zip"):
         with pytest.raises(ValueError, match=r"neither a SentencePiece model nor a tokenizer.json"):
             Tokenizer(pinned(tmp_path / "tokenizer.model", damaged))
+
+
+def test_a_model_whose_rows_are_not_the_tokenizers_ids_is_refused(pairs):
+    model = load(RecipeSpec, "sample", CHECKOUT / "datasets_spec").model
+    check_model(model, SOLO)
+    check_model(model.model_copy(update={"vocab_size": 33_031}), SOLO)  # with the chat tokens that upstream added once
+    for fields in ({"n_text_ids": 31_999}, {"vocab_size": 32_004}):
+        with pytest.raises(ValueError, match="up to 32005; set n_text_ids to 32000 and vocab_size to 33029"):
+            check_model(model.model_copy(update=fields), SOLO)
+    with pytest.raises(ValueError, match=f"the tokenizer has {pairs.file.n_ids} text ids"):
+        check_model(model, pairs.vocabulary)
+    own = SoloForCausalLM.from_spec(model.model_copy(update={"hidden_size": 16}), pairs.tokens, seed=1).config
+    assert (own.bos_token_id, own.eos_token_id) == (0, 2)
