@@ -3,7 +3,8 @@
 In: nothing; pictures and texts are made here. Out: one dict: samples a second of one core by signal, once alone with
 its decode and once after a decode that others needed anyway; near images among random 64-bit hashes with planted
 pairs, and near texts among random signatures, in a process of their own each, so that its peak memory is its own; the
-same for 1x, 10x and 100x rows. Cost: two minutes at 10 M hashes.
+same for 1x, 10x and 100x rows. Cost: two to three minutes at 10 M
+hashes.
 """
 
 from __future__ import annotations
@@ -72,19 +73,16 @@ def run(*, n_hashes: int = N_HASHES, n_texts: int = N_TEXTS, seconds: float = SE
 def signal_rate(name: str, seconds: float) -> dict[str, float]:
     """Samples a CPU second of one signal: alone, and with the pixels there already."""
     signal, made = find(name), samples()
-    for one in made:  # models and tables are loaded once
-        measure(signal, one, Pictures(one.images))
+    decoded = [Pictures(one.images) for one in made]
+    for one, pictures in zip(made, decoded, strict=True):  # models are loaded, and pixels there, before the clock runs
+        pictures.rgb(0)
+        measure(signal, one, pictures)
     rates = {}
     for how in ("alone", "decoded"):
-        n, spent, end = 0, 0.0, seconds / 2
-        while spent < end:
-            one = made[n % len(made)]
-            pictures = Pictures(one.images)
-            if how == "decoded":
-                pictures.rgb(0)
-            began = time.process_time()
-            measure(signal, one, pictures)
-            spent += time.process_time() - began
+        n, began = 0, time.process_time()
+        while (spent := time.process_time() - began) < seconds / 2:
+            i = n % len(made)
+            measure(signal, made[i], decoded[i] if how == "decoded" else Pictures(made[i].images))
             n += 1
         rates[how] = round(n / spent, 1)
     return rates

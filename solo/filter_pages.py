@@ -34,7 +34,7 @@ N_LANGUAGES = 12
 N_PANELS = 8
 N_EACH = 6  # samples of one verdict on a source's page
 CUT = re.compile(r"^\s*(.+?)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*$", re.DOTALL)
-JUDGED = "SELECT * FROM read_parquet($signals) JOIN read_parquet($verdicts) USING (key)"
+JUDGED = "SELECT * FROM read_parquet($signals) AS s JOIN read_parquet($verdicts) AS v USING (key)"
 RESOLUTION = """
 SELECT greatest(width_px, height_px) AS long_px, keep, count(*) AS n FROM judged WHERE width_px IS NOT NULL GROUP BY ALL
 """
@@ -80,7 +80,8 @@ def source_page(a: Artifact, inputs: Inputs) -> Iterator[str]:
     with duckdb.connect() as con:
         con.sql(JUDGED, params=files).create_view("judged")
         panels = list(_cuts(con, _spec(a)))
-        panels += [p for column in MEASURES if (p := _panel([a], *column)) and p.title not in {q.title for q in panels}]
+        shown = {panel.title for panel in panels}
+        panels += [p for column in MEASURES if column[0] not in shown and (p := _panel([a], *column))]
         if panels:
             title = "Distributions; a dashed line is a threshold"
             yield picture(histograms(title, panels[:N_PANELS], unit="samples"), "histograms of signals")

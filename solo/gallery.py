@@ -103,9 +103,9 @@ def clusters(filtered: Artifact, acquired: Artifact) -> str:
         raw = acquired.path / "raw" / f"{raw_shard:05d}.tar"
         shown = _sample(read_sample(raw, offset, length))
         lines.setdefault(winner, [f"{n_lost:,}"]).append(f"{shown} {escape(reason)}" if reason else shown)
-    width = N_LOST + 2
+    width = max(map(len, lines.values()), default=0)
     grid = [[*cells, *[""] * (width - len(cells))] for cells in lines.values()]
-    return _grid(["gone", "stays", *["went"] * N_LOST], grid) if grid else ""
+    return _grid(["gone", "stays", *["went"] * (width - 2)], grid) if grid else ""
 
 
 def answers(evaluated: Artifact, *, n_columns: int = 4) -> str:
