@@ -26,7 +26,7 @@ from solo.plugin import resolve
 from solo.raw import OUTCOMES, SCHEMA, RawTars, Spool, write_sorted
 from solo.sample import Rejected, Sample, make_key
 from solo.shards import check_protocol
-from solo.spec import Acquire, SpecError
+from solo.spec import UNPINNED, Acquire, SpecError
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +170,11 @@ def _locate(job: Job, source: str, location: str) -> Path:
 
 def check_revision(source: str, location: Path, revision: str) -> None:
     """Refuse data that is not the pinned data; a commit hash cannot be checked from bytes and is only logged."""
+    if revision == UNPINNED:
+        raise ValueError(
+            f"{source}: revision is unpinned, so a model could not say what it was trained on; "
+            f"put the line of `solo revision {location}` into sources/{source}.yaml"
+        )
     if not revision.startswith("sha256:"):
         log.info("%s: revision %s is a commit; its bytes are taken as they are", source, revision)
         return

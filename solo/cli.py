@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import closing, line, runs
+from solo import closing, estimate, estimate_text, line, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
-from solo.spec import Template
+from solo.spec import SourceSpec, Template, load
 
 app = typer.Typer(
     help="Train single-transformer vision-language models from a data recipe.",
@@ -48,8 +48,12 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     settings = Settings.from_env()
     _check_parts(force=force)
     planned = line.plan(line.select(line.nodes(recipe, settings.specs), until), settings, force or ())
+    packed = {p.name: p.last for p in planned if p.part == "pack" and p.last}
+    stages = estimate.of_recipe(recipe, settings.specs, packed)
+    unpinned = estimate.unpinned(recipe, settings.specs)
     if as_json:
-        typer.echo(json.dumps(runs.plan_json(recipe, planned)))
+        more = estimate_text.as_json(stages) | {"unpinned": unpinned}
+        typer.echo(json.dumps(runs.plan_json(recipe, planned) | more))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("part", "name", "action"):
@@ -59,7 +63,13 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
         part = "" if before and before.part == p.part else p.part
         table.add_row(part, p.name, f"[{COLOURS[p.action]}]{p.action}[/]", Text(p.because))
     out.print(table)
-    out.print(runs.plan_sentence(planned), soft_wrap=True)
+    _say(runs.plan_sentence(planned))
+    if any(stage.basis != "unknown" for stage in stages):
+        _say("")
+        for text in estimate_text.lines(stages):
+            _say(text)
+    for text in estimate_text.sentences(stages, unpinned):
+        _say(f"- {text}")
 
 
 @app.command()
@@ -198,6 +208,36 @@ def up() -> None:
 def down() -> None:
     """Stop what `solo up` started, by pid."""
     raise typer.Exit(follow(_module("down"), CHECKOUT))
+
+
+@app.command()
+def sources(
+    name: Annotated[str | None, typer.Argument(help="A source to tell all about.")] = None, as_json: Json = False
+) -> None:
+    """List the sources: licence, pin, size, and the counts expected and made; or tell one in full."""
+    from solo import sources as known
+
+    settings = Settings.from_env()
+    if name is not None:
+        spec = load(SourceSpec, name, settings.specs)
+        lines = [json.dumps(spec.model_dump(mode="json"))] if as_json else known.told(spec)
+    else:
+        rows = known.listed(settings.specs, settings.root)
+        lines = [json.dumps(rows)] if as_json else known.lines(rows)
+    for text in lines:
+        typer.echo(text)
+
+
+@app.command()
+def check(source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/.")]) -> None:
+    """Probe a local copy of a source: the first mismatch by file and field, and what to do about it."""
+    from solo import sources as known
+
+    settings = Settings.from_env()
+    found = known.check(load(SourceSpec, source, settings.specs), settings.specs)
+    typer.echo(f"{source}: {found.good} of the first {found.good + found.statuses.total()} records are as expected")
+    for status, item in found.first.items():
+        typer.echo(f"  {status} {found.statuses[status]}, the first is {item.identity}: {item.error}")
 
 
 def _figures(found: dict[str, Any], as_json: bool) -> None:

@@ -36,7 +36,8 @@ from solo.plan import Plan
 from solo.spec import ModelSpec, Stage, Tokens
 from solo.tokenizer import Tokenizer, check_model
 
-VERSION = 2  # 2: trained.parquet names the documents left out; counts are of documents
+# 2: trained.parquet names the documents left out; counts are of documents. 3: a saved processor says plain_eos
+VERSION = 3
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import test_train
 import test_trained
-from test_train import MODEL, TOKENS
+import tiny_stage
+from tiny_stage import MODEL, TOKENS
 
 from solo import train
 from solo.artifact import Artifact
@@ -72,7 +72,7 @@ def first_packs(inputs: dict[str, Artifact], folder: Path, n: int) -> dict[str, 
     for name in ("plan.parquet", "packs.parquet"):
         table = pq.read_table(inputs["pack/tiny"].path / name)
         pq.write_table(table.filter(pc.less(table["pack"], n)), folder / name)
-    return inputs | {"pack/tiny": test_train.made(folder, "pack/tiny")}
+    return inputs | {"pack/tiny": tiny_stage.made(folder, "pack/tiny")}
 
 
 def damage(inputs: dict[str, Artifact], folder: Path) -> dict[str, Artifact]:
@@ -85,7 +85,7 @@ def damage(inputs: dict[str, Artifact], folder: Path) -> dict[str, Artifact]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], tuple[train.Job, list[dict]]]:
     """Every case; the ranks of one number of them train its cases one after the other."""
     root = tmp_path_factory.mktemp("averages")
-    inputs = test_train.make_plan(root / "all", N_STEPS * max(RANKS) * max(ACCUMULATIONS) // 4)
+    inputs = tiny_stage.make_plan(root / "all", N_STEPS * max(RANKS) * max(ACCUMULATIONS) // 4)
     jobs, lines = {}, []
     for ranks in RANKS:
         for n in ACCUMULATIONS:
@@ -96,7 +96,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, st
                     continue
                 where = root / f"{ranks}-{n}-{average}"
                 fields = FIELDS | {"batch_packs": ranks * n, "loss_average": average.removesuffix("-damaged")}
-                job = test_train.make_job(where, given, **fields, max_damaged=9 if given is broken else 0)
+                job = tiny_stage.make_job(where, given, **fields, max_damaged=9 if given is broken else 0)
                 job.work.mkdir(parents=True)
                 task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=ranks)
                 (where / "task.json").write_text(json.dumps(task))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_train import compare_with_plain_loop, made, make_job, make_plan
+from test_train import compare_with_plain_loop
+from tiny_stage import made, make_job, make_plan
 
 from solo import checkpoint, run_pages, train, trained
 from solo.artifact import Artifact, Job, LedgerError
