@@ -187,6 +187,18 @@ def bench_pack(as_json: Json = False) -> None:
     _figures(measured.run(), as_json)
 
 
+@bench.command("filter")
+def bench_filter(
+    as_json: Json = False,
+    hashes: Annotated[int, typer.Option(help="Rows of the search for near images.", min=1000)] = 10_000_000,
+    texts: Annotated[int, typer.Option(help="Rows of the search for near texts.", min=1000)] = 1_000_000,
+) -> None:
+    """Signals per second and core, and near duplicates among made hashes with planted pairs, as rows grow."""
+    from solo import bench_filter as measured
+
+    _figures(measured.run(n_hashes=hashes, n_texts=texts), as_json)
+
+
 @app.command()
 def up() -> None:
     """Start this checkout's Prefect server, its worker and the deployments (loopback only)."""
