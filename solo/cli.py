@@ -47,7 +47,7 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     """Say which artifacts a run would make or reuse, and which field or input is the reason."""
     settings = Settings.from_env()
     _check_parts(force=force)
-    planned = line.plan(line.select(line.nodes(recipe, settings.specs), until), settings, force or ())
+    planned = line.plan(line.select(line.nodes(recipe, settings.specs, settings.root), until), settings, force or ())
     if as_json:
         typer.echo(json.dumps(runs.plan_json(recipe, planned)))
         return
@@ -69,7 +69,9 @@ def run(
     """Run a recipe here, without a worker: the same tracked flow as `prefect deployment run solo/full-recipe`."""
     settings = Settings.from_env()
     _check_parts(only=only, force=force)
-    nodes = line.select(line.nodes(recipe, settings.specs), max(only, key=PARTS.index) if only else until)
+    nodes = line.select(
+        line.nodes(recipe, settings.specs, settings.root), max(only, key=PARTS.index) if only else until
+    )
     arguments = [f"recipe={recipe}", f"until={until}"]
     arguments += [f"only={','.join(only)}"] if only else []
     arguments += [f"force={','.join(force)}"] if force else []
