@@ -2,8 +2,9 @@
 
 In: a source's location, pinned revision and adapter, and the passes made since (solo/passes.py). Out: `raw/NNNNN.tar`
 (sample tars of samples_per_shard), `outcomes.parquet` (one row per record or URL, kept or not, sorted by key) and, for
-URL lists, `fetch.parquet` (what was asked and seen, volatile). Invariants: every input has one status of STATUSES; a key is kept once, later ones are `duplicate_row`; the
-same upstream bytes give the same bytes. Cost: one pass; memory holds one sample, 10,000 outcome rows and the keys.
+URL lists, `fetch.parquet` (what was asked and seen, volatile). Invariants: every input has one status of STATUSES; a
+key is kept once, later ones are `duplicate_row`; the same upstream bytes give the same bytes.
+Cost: one pass; memory holds one sample, 10,000 outcome rows and the keys.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Fetched:
 
 
 def run(job: Job) -> Result:
-    """Acquire one source, or put its passes on top of the first download; what an interrupted attempt finished stays."""
+    """Acquire one source, or lay its passes over the first download; what an interrupted attempt finished stays."""
     told: dict[str, Any] = {}
     if job.spec.get("passes"):
         first, _ = make(dataclasses.replace(job, spec=passes.base(job.spec)), run)

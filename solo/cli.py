@@ -190,6 +190,19 @@ def down() -> None:
     raise typer.Exit(follow(_module("down"), CHECKOUT))
 
 
+@app.command()
+def retry(
+    source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/ that reads a URL list.")],
+    cause: Annotated[list[str] | None, typer.Option(help="A transient status; repeat for several.")] = None,
+    recrawl: Annotated[bool, typer.Option(help="Ask for all that came, and compare.")] = False,
+) -> None:
+    """Ask a source's failed URLs again by cause, or all of them to see what rotted; the next run takes it up."""
+    from solo import retry as passed
+
+    for text in passed.run(source, cause or [], recrawl, Settings.from_env()):
+        typer.echo(text)
+
+
 def _figures(found: dict[str, Any], as_json: bool) -> None:
     """A bench's result: one JSON line, or the ratio and what stands behind it."""
     if as_json:

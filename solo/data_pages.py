@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from solo import gallery
+from solo import gallery, link_rot
 from solo.artifact import Artifact
 from solo.charts import Panel, histograms, stacked
 from solo.markdown import BAR, bar, escape, picture, table
@@ -49,6 +49,7 @@ def acquire_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]
     if shown := top_series({name: counts for name, counts in lost.items() if counts}):
         yield picture(stacked("Records that gave no sample, by status", shown, unit="records"), "records by status")
     yield table([row | _bar(row) for row in acquire_rows(artifacts)])
+    yield from link_rot.blocks(artifacts)
 
 
 def filter_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:

@@ -72,6 +72,7 @@ def fetch(urls: UrlList, job: Job) -> Iterator[Fetched]:
     rows, listed = job.work / "rows.parquet", job.work / "list.parquet"
     with duckdb.connect() as db:
         db.execute(f"SET threads = {job.workers:d}")
+        db.execute("SET temp_directory = $folder", {"folder": str(job.work / "duckdb")})
         if not listed.exists():
             write_rows(urls, rows)
         db.execute("CREATE VIEW rows AS FROM read_parquet('" + str(rows).replace("'", "''") + "')")

@@ -129,7 +129,9 @@ def put_together(job: Job, first: Artifact) -> dict[str, Any]:
             said.append(tells | {"asked": manifest.counts["in"], "came": manifest.counts["kept"]})
             fetches.append(folder / FETCH)
             if asked["kind"] == "recrawl":
-                rot = _compare(db, outcomes, folder / OUTCOMES, job)
+                table = compare(db, outcomes, folder / OUTCOMES)
+                pq.write_table(table, job.out / LINK_ROT, compression="zstd")
+                rot = table.to_pylist()
                 continue
             overlaid = job.work / f"{asked['number']}.parquet"
             found = {"old": str(outcomes), "new": str(folder / OUTCOMES), "n_shards": n_shards}
@@ -152,11 +154,10 @@ def _link(folder: Path, out: Path, n_before: int) -> int:
     return n_before + len(tars)
 
 
-def _compare(db: duckdb.DuckDBPyConnection, old: Path, new: Path, job: Job) -> list[dict[str, Any]]:
+def compare(db: duckdb.DuckDBPyConnection, old: Path, new: Path) -> pa.Table:
+    """What became of each host's URLs between two outcome tables."""
     asked = {"old": str(old), "new": str(new), "transient": list(TRANSIENT)}
-    table = db.sql(COMPARED, params=asked).to_arrow_table()
-    pq.write_table(table, job.out / LINK_ROT, compression="zstd")
-    return list(table.to_pylist())
+    return db.sql(COMPARED, params=asked).to_arrow_table()
 
 
 def link_rot(hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

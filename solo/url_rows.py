@@ -133,9 +133,8 @@ def _is_value(value: object) -> bool:
 def write_list(db: duckdb.DuckDBPyConnection, path: Path, requests: Path, *, again: bool = False) -> None:
     """The rows to fetch, by key; one row group for each img2dataset shard. `again`: those of the view `chosen`."""
     db.execute(f"CREATE TEMP TABLE listed AS {TO_FETCH_AGAIN if again else TO_FETCH}")
-    found = db.execute("SELECT count(*) FROM listed").fetchone()
-    assert found is not None
-    n_rows = rows_per_shard(found[0])
+    [(n_urls,)] = db.execute("SELECT count(*) FROM listed").fetchall()
+    n_rows = rows_per_shard(n_urls)
     aside, requests_aside = path.with_suffix(".tmp"), requests.with_suffix(".tmp")
     shutil.rmtree(requests_aside, ignore_errors=True)
     requests_aside.mkdir(parents=True)

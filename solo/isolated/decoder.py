@@ -45,7 +45,7 @@ def picture(data: bytes, max_side_px: int, kind: str) -> tuple[bytes, int, int, 
 def _on_white(image: Any) -> Any:  # noqa: ANN401 - arrays of a package that only this process has
     import numpy as np
 
-    out = np.empty(image.shape[:2] + (3,), np.uint8)
+    out = np.empty((*image.shape[:2], 3), np.uint8)
     for top in range(0, len(image), STRIP_ROWS):
         strip = image[top : top + STRIP_ROWS]
         alpha = strip[:, :, 3, np.newaxis]
