@@ -130,7 +130,7 @@ def _download(urls: UrlList, job: Job, n_urls: int) -> None:
         rules = dataclasses.replace(urls.rules, log=str(job.work / "fetches"), shared=str(shared))
         if urls.origin is not None:
             ip, _, port = stack.enter_context(Origin(urls.origin)).address.rpartition(":")
-            rules = dataclasses.replace(rules, mapped=((str(urls.origin_host), ip, int(port)),))
+            rules = dataclasses.replace(rules, mapped=(*rules.mapped, (str(urls.origin_host), ip, int(port))))
         env = os.environ | {VARIABLE: rules.dump(), "SOLO_GUARD_PARENT": str(os.getpid())}
         for attempt in range(ATTEMPTS):
             if (n_done := _see(job)) == n_wanted:

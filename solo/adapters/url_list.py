@@ -7,7 +7,7 @@ a status. Stored JPEG bytes are the served ones unless the long side is over `ma
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from solo.acquire import Fetched
@@ -45,8 +45,12 @@ def download(  # noqa: PLR0913 - one argument for each field of the spec
     retry_after_s: float = 5.0,
     origin: str | None = None,
     origin_host: str | None = None,
+    loopback_ports: Mapping[str, int] | None = None,
 ) -> Iterator[Fetched]:
-    """One item for each row; `origin` (a folder below the specs) is served on loopback as `origin_host` for the run."""
+    """One item for each row; `origin` (a folder below the specs) is served on loopback as `origin_host` for the run.
+
+    `loopback_ports` are the only other ways to this machine: host name -> port of 127.0.0.1 (a local mirror).
+    """
     if (origin is None) != (origin_host is None):
         raise ValueError(f"{source}: origin is {origin!r}, origin_host is {origin_host!r}; give both or neither")
     if unknown := sorted(set(formats) - set(KNOWN)):
@@ -58,6 +62,7 @@ def download(  # noqa: PLR0913 - one argument for each field of the spec
         user_agent=_agent(source, user_agent, origin),
         log="",
         shared="",
+        mapped=tuple((host.lower(), "127.0.0.1", port) for host, port in (loopback_ports or {}).items()),
         timeout_s=timeout_s,
         deadline_s=deadline_s,
         min_bytes_per_s=min_bytes_per_s,

@@ -129,7 +129,8 @@ class Response:
                 continue
             if len(out) > limit and not cut:
                 raise self._too_large(limit)
-            return out
+            if unpack.eof or cut:
+                return out
         raise Failed("refused_encoding", self.status, "the body is not in the coding it declares")
 
     def _parts(self, limit: int, cut: bool) -> Iterator[bytes]:

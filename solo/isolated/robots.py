@@ -151,8 +151,6 @@ class Cache:
         try:
             body = self._get(Target(target.scheme, target.host, target.port, "/robots.txt"))
         except Failed as failed:
-            if failed.status in ("dns", "refused_address"):
-                raise
             # 4xx and endless redirects are "unavailable": all may be read. The rest is "unreachable": nothing may.
             answered = failed.status in ("http_404", "http_4xx", "http_3xx", "refused_scheme")
             kind = "none" if answered else "unreachable"

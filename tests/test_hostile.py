@@ -1,0 +1,134 @@
+"""Over 300 hostile rows through the real img2dataset with our guard in one run, and one row of each class without."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hostile import Canary, Server
+from hostile_cases import GOOD, HASHES, HOSTS, MAX_BYTES, MAX_PIXELS, build
+
+from solo import acquire, download
+from solo.artifact import Job, make
+
+pytestmark = pytest.mark.skipif(
+    not (Path(download.__file__).parents[1] / ".img2dataset").exists() and "SOLO_IMG2DATASET" not in os.environ,
+    reason="img2dataset's environment is not installed (make setup)",
+)
+SOCKETS_BYTES = 8 << 20  # what the kernel takes from a sender that nobody reads
+
+
+class Memory:
+    """The largest resident size of any process below this one, while the block lasts."""
+
+    def __enter__(self):
+        self.peak, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._done.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    self.peak = max(self.peak, process.memory_info().rss)
+                except psutil.Error:
+                    continue
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+
+def rows(canary):
+    cases, routes, robots = build(canary.port)
+    listed = [(*case, None) for case in cases]
+    listed += [("hash", f"{GOOD}/ok.jpg", f"hash {i}", status, digest) for i, (digest, status) in enumerate(HASHES)]
+    return listed, routes, robots
+
+
+def job(folder, listed, port):
+    kinds, urls, captions, _, hashes = zip(*listed, strict=True)
+    sizes = pa.array([float("nan"), float("inf")] * len(urls), pa.float64()).slice(0, len(urls))
+    table = pa.table({"u": urls, "c": captions, "h": pa.array(hashes, pa.string()), "size": sizes, "kind": kinds})
+    (folder / "specs").mkdir()
+    pq.write_table(table, folder / "specs/urls.parquet")
+    args = {
+        "url_column": "u",
+        "caption_column": "c",
+        "hash_column": "h",
+        "extra_columns": ["size", "kind"],
+        "user_agent": "TestBot/1.0 (+https://example.org/bot; bot@example.org)",
+        "timeout_s": 1,
+        "deadline_s": 2.5,
+        "max_side_px": 128,
+        "max_bytes": MAX_BYTES,
+        "max_pixels": MAX_PIXELS,
+        "host_concurrency": 32,
+        "host_requests_per_s": 10_000,
+        "loopback_ports": dict.fromkeys(["good.test", *HOSTS], port),
+    }
+    spec = {"location": "urls.parquet", "adapter": "url_list.download", "args": args, "samples_per_shard": 1_000}
+    asked = {"source": "web", "revision": "0" * 40, "acquire": spec}
+    return Job("acquire", "web", acquire.VERSION, asked, {}, folder / "root", folder / "specs", 2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder, canary = tmp_path_factory.mktemp("hostile"), Canary()
+    listed, routes, robots = rows(canary)
+    with Server(routes, robots) as server, Memory() as memory:
+        artifact, _ = make(job(folder, listed, server.port), acquire.run)
+    canary.close()
+    table = pq.read_table(artifact.path / "outcomes.parquet").to_pylist()
+    by_row = {int(row["identity"].removeprefix("row ")): row for row in table}
+    return {
+        "artifact": artifact,
+        "listed": listed,
+        "server": server,
+        "canary": canary,
+        "memory": memory,
+        "rows": by_row,
+    }
+
+
+def test_each_hostile_row_ends_with_its_one_status(run):
+    listed, found = run["listed"], run["rows"]
+    assert len(listed) >= 300 and sorted(found) == list(range(len(listed)))
+    wrong = [
+        (kind, url[:80], status, found[i]["status"], found[i]["error"])
+        for i, (kind, url, _, status, _) in enumerate(listed)
+        if found[i]["status"] not in ((status,) if isinstance(status, str) else status)
+    ]
+    assert not wrong
+    counts = run["artifact"].manifest.counts
+    assert counts["in"] == len(listed) == counts["kept"] + sum(counts["dropped"].values())
+    assert set(counts["dropped"]) <= set(acquire.STATUSES)
+
+
+def test_nobody_reached_the_canary(run):
+    assert run["canary"].n_connections == 0
+    inward = [row for row in run["rows"].values() if row["status"] == "refused_address"]
+    assert len(inward) > 60  # so many tried
+
+
+def test_memory_and_bytes_stay_bounded(run):
+    assert run["memory"].peak < 400 << 20
+    endless = {path: n for path, n in run["server"].sent.items() if path.startswith("/endless/")}
+    assert len(endless) == 12 and max(endless.values()) < MAX_BYTES + SOCKETS_BYTES
+
+
+def test_what_opts_out_is_not_read_and_says_why(run):
+    refused = [row for row in run["rows"].values() if row["status"] == "disallowed"]
+    assert all(row["evidence"] and row["served_sha256"] is None for row in refused)
+    spelled = {row["evidence"].partition(":")[0] for row in refused}
+    assert spelled == {"x-robots-tag", "tdm-reservation", "content-usage", "robots.txt"}
+    asked = run["server"].asked
+    assert not asked["all.test", "/x.jpg"] and not asked["broken.test", "/x.jpg"]
+    assert asked["good.test", "/robots.txt"] <= 4  # once per worker, not per URL
+    assert run["server"].agents == {"TestBot/1.0 (+https://example.org/bot; bot@example.org)"}
