@@ -1,5 +1,6 @@
 """A hostile origin on real sockets, and the pictures it serves: what the open web does to a downloader, on purpose."""
 
+import contextlib
 import gzip
 import io
 import random
@@ -181,10 +182,8 @@ class Canary:
         first = socket.create_server(("127.0.0.1", 0))
         self.port = first.getsockname()[1]
         self._sockets = [first]
-        try:
+        with contextlib.suppress(OSError):
             self._sockets.append(socket.create_server(("::1", self.port), family=socket.AF_INET6))
-        except OSError:
-            pass
         for one in self._sockets:
             threading.Thread(target=self._listen, args=(one,), daemon=True).start()
 

@@ -105,7 +105,7 @@ def test_each_hostile_row_ends_with_its_one_status(run):
         for i, (kind, url, _, status, _) in enumerate(listed)
         if found[i]["status"] not in ((status,) if isinstance(status, str) else status)
     ]
-    assert not wrong
+    assert not wrong, "\n".join(map(str, wrong))
     counts = run["artifact"].manifest.counts
     assert counts["in"] == len(listed) == counts["kept"] + sum(counts["dropped"].values())
     assert set(counts["dropped"]) <= set(acquire.STATUSES)
