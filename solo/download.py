@@ -138,19 +138,19 @@ def _download(urls: UrlList, job: Job, n_urls: int) -> None:
             (shared / "hosts").unlink(missing_ok=True)  # places that killed workers held
             job.progress(f"img2dataset: attempt {attempt + 1}, {n_done} of {n_wanted} shards are there")
             options = command(urls, job.work / "requests", images, n_urls, job.workers)
-            _run([str(python), "-I", str(GUARD), *options], env, job)
+            _run([str(python), "-I", str(GUARD), *options], env, job, n_wanted)
     if _see(job) == 0:
         tail = (job.work / "img2dataset.log").read_text(errors="replace").strip().rpartition("\n")[2]
         raise ValueError(f"{urls.source}: img2dataset finished no shard in {ATTEMPTS} attempts; its last line: {tail}")
 
 
-def _run(arguments: list[str], env: dict[str, str], job: Job) -> None:
-    """One img2dataset process group, gone when this returns or raises."""
+def _run(arguments: list[str], env: dict[str, str], job: Job, n_wanted: int) -> None:
+    """One img2dataset process group, gone when this returns or raises; its last shard is its last useful act."""
     with (job.work / "img2dataset.log").open("ab") as out:
         process = subprocess.Popen(arguments, env=env, stdout=out, stderr=out, start_new_session=True)
         try:
             n_seen = _see(job)
-            while process.poll() is None and not _stalled(job):
+            while n_seen < n_wanted and process.poll() is None and not _stalled(job):
                 time.sleep(0.1)
                 if (n_done := _see(job)) > n_seen:
                     n_seen = n_done

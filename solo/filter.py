@@ -94,7 +94,7 @@ def cache_folder(job: Job) -> Path:
 
 
 def cache_names(job: Job) -> dict[str, str]:
-    """Raw tar -> its cache file, named by content, so that a new pass over a URL list measures only the tars it adds."""
+    """Raw tar -> its cache file, named by content, so that a pass over a URL list measures only the tars it adds."""
     files = job.one("acquire").manifest.files
     return {Path(f["path"]).name: f"{f['sha256'][:16]}.parquet" for f in files if f["path"].endswith(".tar")}
 

@@ -44,9 +44,9 @@ WITH found AS (
     ELSE 'gone' END AS became
   FROM read_parquet($old) AS old JOIN read_parquet($new) AS new USING (key, identity)
 )
-SELECT lower(host) AS host, count(*) AS urls, count_if(became = 'same') AS same,
-       count_if(became = 'changed') AS changed, count_if(became = 'gone') AS gone,
-       count_if(became = 'withdrawn') AS withdrawn, count_if(became = 'unknown') AS unknown
+SELECT lower(host) AS host, count(*)::INTEGER AS urls, count_if(became = 'same')::INTEGER AS same,
+       count_if(became = 'changed')::INTEGER AS changed, count_if(became = 'gone')::INTEGER AS gone,
+       count_if(became = 'withdrawn')::INTEGER AS withdrawn, count_if(became = 'unknown')::INTEGER AS unknown
 FROM found GROUP BY ALL ORDER BY gone DESC, changed DESC, urls DESC, host
 """
 N_HOSTS = 50  # of the link-rot table that the manifest holds; the file has all

@@ -34,7 +34,7 @@ SPELLED = """
 LOCALHOST localhost. [::1] [::] [::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:127.0.0.1] [64:ff9b::127.0.0.1]
 [64:ff9b:1::7f00:1] [2002:7f00:1::] [::127.0.0.1] [fe80::1%25lo] [fd00::1] \u2460\u2461\u2466.\u24ea.\u24ea.\u2460
 127\u30020\u30020\u30021 \uff11\uff12\uff17.0.0.1 user@127.0.0.1 user:pw@127.0.0.1 good.test@127.0.0.1
-good.test:80@127.0.0.1 user@good.test
+good.test:80@127.0.0.1 user@good.test good.test\\@127.0.0.1
 """.split()
 NETWORKS = """
 169.254.169.254 [fd00:ec2::254] 10.0.0.1 172.16.0.1 192.168.1.1 100.64.0.1 192.0.0.1 198.18.0.1 224.0.0.1 240.0.0.1
@@ -50,7 +50,7 @@ NO_URL = [
         "http://",
         "http://a b/",
     ),
-    *("http://127.0.0.1:port/", "http://good.test:99999/", "http://good.test:0/", "http://good.test\\@127.0.0.1/"),
+    *("http://127.0.0.1:port/", "http://good.test:99999/", "http://good.test:0/", "http://good.test:-1/"),
     *("http://127.0.0.1%2f.good.test/", "http://127.0.0.1%00.good.test/", "http://[::1/", "http://[127.0.0.1]/"),
     *(
         "http://good..test/",
@@ -145,7 +145,7 @@ BOMBS = {
     "gif-frames": (gif(1_000, 1_000, n_frames=5_000), "bomb"),
     "gif-zero": (gif(0, 0), "undecodable"),
     "webp-16383": (webp(16_383, 16_383), "bomb"),
-    "webp-2^24": (webp(1 << 24, 1 << 24), "bomb"),
+    "webp-huge": (webp(1 << 24, 1 << 24), "bomb"),
     "webp-frames": (webp(1_000, 1_000, n_frames=5_000), "bomb"),
     "webp-chunks": (webp(64, 64, n_other=5_000), "bomb"),
 }
@@ -236,7 +236,7 @@ def transfers():
         {
             "zeros": (Endless(head, b"\0"), "too_large"),
             "chunks": (Endless(chunked, b"400\r\n" + b"x" * 1024 + b"\r\n"), "too_large"),
-            "tiny-chunks": (Endless(chunked, b"1\r\nx\r\n"), "too_large"),
+            "tiny-chunks": (Endless(chunked, b"1\r\nx\r\n"), ("too_large", "timeout")),
             "trailers": (Endless(chunked + b"0\r\n", b"X: y\r\n"), "too_large"),
             "headers": (Endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), "too_large"),
             "one-header": (Endless(b"HTTP/1.1 200 OK\r\nX: ", b"y"), "too_large"),
@@ -370,7 +370,7 @@ def redirects(canary):
         "long": (to("/" + "x" * 9_000), "bad_record"),
         "control": (to("/\x01"), "bad_record"),
         "latin": (to("/\xe9.jpg"), "http_404"),
-        "no-host": (to("http:///x"), "bad_record"),
+        "no-host": (to("http:///x"), "http_404"),
         "refresh": (answer(b"<html>", [f"Refresh: 0; url={private}"]), "not_image"),
         "link": (answer(OK, [f"Link: <{private}>; rel=canonical", f"Content-Location: {private}"]), "ok"),
         "opted-out": (answer(status=go, headers=["Location: /ok.jpg", "X-Robots-Tag: noai"]), "disallowed"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
+from base64 import b64encode
 from pathlib import Path
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hostile import Canary, Server
-from hostile_cases import GOOD, HASHES, HOSTS, MAX_BYTES, MAX_PIXELS, build
+from hostile import Canary, Drip, Endless, Server, answer, encoded, png, zipped
+from hostile_cases import GOOD, HASHES, HOSTS, MAX_BYTES, MAX_PIXELS, OK, build
 
 from solo import acquire, download
 from solo.artifact import Job, make
@@ -78,6 +80,74 @@ def job(folder, listed, port):
     return Job("acquire", "web", acquire.VERSION, asked, {}, folder / "root", folder / "specs", 2)
 
 
+PLAIN = [  # class, path on the origin (or a URL), and what plain img2dataset makes of it
+    ("ssrf", "http://2130706433:{port}/ok.jpg", "success"),
+    ("scheme", "file://{folder}/secret.jpg", "success"),
+    ("scheme", "data:image/jpeg;base64,{base64}", "success"),
+    ("redirect", "/plain/inward", "success"),
+    ("redirect", "/chain/7", "success"),
+    ("slow", "/plain/slow", "success"),
+    ("endless", "/plain/endless", "success"),
+    ("length", "/plain/declared", "success"),
+    ("coding", "/plain/gzip", "failed_to_resize"),  # the sample is lost, ours is kept
+    ("bomb", "/plain/bomb", "success"),
+    ("label", "/plain/bmp", "success"),
+    ("opt-out", "/plain/none", "success"),
+    ("opt-out", "/plain/tdm", "success"),
+    ("opt-out", "/plain/bot", "success"),
+    ("robots", "/private/x.jpg", "success"),
+    ("hash", "/ok.jpg", "success"),
+]
+
+
+def plain_routes(port):
+    return {
+        "/ok.jpg": answer(OK),
+        "/private/x.jpg": answer(OK),
+        "/plain/inward": answer(status="302 Go", headers=[f"Location: http://0x7f.1:{port}/ok.jpg"]),
+        **{f"/chain/{n}": answer(status="302 Go", headers=[f"Location: /chain/{n - 1}"]) for n in range(1, 8)},
+        "/chain/0": answer(OK),
+        "/plain/slow": Drip(answer(OK)[: -len(OK)], OK, len(OK) // 30, 0.1),  # 3 s at a time-out of 1 s
+        "/plain/endless": Endless(answer(OK, length=False), b"\0"),
+        "/plain/declared": Endless(answer(OK, [f"Content-Length: {len(OK) + (24 << 20)}"], length=False), b"\0"),
+        "/plain/gzip": answer(zipped(OK), ["Content-Encoding: gzip"]),
+        "/plain/bomb": answer(png(8_000, 8_000, rows=8_000)),
+        "/plain/bmp": answer(encoded("BMP"), ["Content-Type: image/jpeg"]),
+        "/plain/none": answer(OK, ["X-Robots-Tag: none"]),
+        "/plain/tdm": answer(OK, ["TDM-Reservation: 1"]),
+        "/plain/bot": answer(OK, ["X-Robots-Tag: otherbot: all, *: noai"]),
+    }
+
+
+def plain_run(folder):
+    """Plain img2dataset on one row of each class: its statuses in the order of PLAIN, and the server."""
+    (folder / "secret.jpg").write_bytes(OK)
+    robots = {"127.0.0.1": answer(b"User-agent: *\nDisallow: /private/\n")}
+    with Server({}, robots) as server:
+        server.routes = plain_routes(server.port)
+        words = {"port": server.port, "folder": folder, "base64": b64encode(OK).decode()}
+        urls = [url.format(**words) for _, url, _ in PLAIN]
+        urls = [f"http://127.0.0.1:{server.port}{url}" if url.startswith("/") else url for url in urls]
+        pq.write_table(pa.table({"url": urls, "n": range(len(urls))}), folder / "plain.parquet")
+        python = [str(download.environment()), "-I", "-m", "img2dataset.main"]
+        options = {
+            **{"url_list": folder / "plain.parquet", "input_format": "parquet", "output_folder": folder / "plain"},
+            **{"output_format": "webdataset", "processes_count": 1, "thread_count": 32, "timeout": 1},
+            **{"image_size": 128, "resize_mode": "keep_ratio_largest", "resize_only_if_bigger": True},
+            **{"skip_reencode": True, "save_additional_columns": "['n']", "enable_wandb": False},
+        }
+        env = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"}
+        given = [f"--{name}={value}" for name, value in options.items()]
+        subprocess.run([*python, *given], check=True, capture_output=True, env=env, timeout=120)
+    table = sorted(pq.read_table(folder / "plain/00000.parquet").to_pylist(), key=lambda row: row["n"])
+    return [row["status"] for row in table], server
+
+
+@pytest.fixture(scope="module")
+def plain(run, tmp_path_factory):
+    return plain_run(tmp_path_factory.mktemp("plain"))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder, canary = tmp_path_factory.mktemp("hostile"), Canary()
@@ -132,3 +202,14 @@ def test_what_opts_out_is_not_read_and_says_why(run):
     assert not asked["all.test", "/x.jpg"] and not asked["broken.test", "/x.jpg"]
     assert asked["good.test", "/robots.txt"] <= 4  # once per worker, not per URL
     assert run["server"].agents == {"TestBot/1.0 (+https://example.org/bot; bot@example.org)"}
+
+
+@pytest.mark.parametrize("i", range(len(PLAIN)), ids=[f"{kind}-{i}" for i, (kind, _, _) in enumerate(PLAIN)])
+def test_without_the_guard_each_class_does_harm(plain, i):
+    statuses, server = plain
+    kind, _, status = PLAIN[i]
+    assert statuses[i] == status
+    if kind in ("endless", "length"):
+        assert server.sent[PLAIN[i][1]] > 20 << 20
+    if kind == "robots":
+        assert not server.asked["127.0.0.1", "/robots.txt"]

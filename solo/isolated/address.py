@@ -11,7 +11,9 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+import threading
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
@@ -25,6 +27,7 @@ HOST = re.compile(r"[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_-])?")
 PORTS = {"http": 80, "https": 443}
 URL_CHARS = 8_192  # servers refuse more, with 414
 MAX_ADDRESSES = 4  # of one host name that are tried
+KEPT_S, MAX_KEPT = 60.0, 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,8 @@ def split(url: str) -> Target:
 def _host(host: str) -> str:
     """A host name as DNS knows it, without the dot of the root; ValueError where it is none."""
     if ":" in host:
-        ipaddress.ip_address(host.partition("%")[0])
+        host = host.partition("%")[0]  # a zone is this machine's own; what it names is not public anyway
+        ipaddress.ip_address(host)
         return host
     ascii_host = host.encode("idna").decode("ascii").lower()
     ascii_host = ascii_host.removesuffix(".")
@@ -100,11 +104,49 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def resolve(target: Target, rules: Rules) -> list[tuple[str, int]]:
-    """Addresses to connect to, checked; Failed where the name does not resolve or none may be visited."""
-    mapped = rules.where(target.host, target.port)
-    if mapped is not None:
-        return [mapped]
+class Resolver:
+    """Checked addresses of host names, kept a minute: a list's URLs share hosts, and resolvers are the first to choke.
+
+    What is kept was checked, so nothing that the resolver says later can lead elsewhere.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self._known: OrderedDict[tuple[str, int], tuple[float, list[tuple[str, int]]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, target: Target) -> list[tuple[str, int]]:
+        """Addresses to connect to; Failed where the name does not resolve or none may be visited."""
+        mapped = self.rules.where(target.host, target.port)
+        if mapped is not None:
+            return [mapped]
+        place, now = (target.host, target.port), time.monotonic()
+        with self._lock:
+            until, found = self._known.get(place, (0.0, []))
+        if until <= now:
+            found = checked(target)
+            with self._lock:
+                self._known[place] = (now + KEPT_S, found)
+                while len(self._known) > MAX_KEPT:
+                    self._known.popitem(last=False)
+        return found
+
+    def connect(self, target: Target, deadline: float) -> socket.socket:
+        """A connection to the first address that takes one."""
+        error: OSError = OSError("no address")
+        for address in self.find(target):
+            left = min(self.rules.timeout_s, deadline - time.monotonic())
+            try:
+                return socket.create_connection(address, max(left, 0.001))
+            except OSError as failure:
+                error = failure
+        if isinstance(error, TimeoutError):
+            raise Failed("timeout", None, "no answer in time")
+        raise Failed("connection", None, "the connection failed")
+
+
+def checked(target: Target) -> list[tuple[str, int]]:
+    """The public addresses of a host name, or Failed."""
     try:
         found = [str(info[4][0]) for info in socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)]
     except (socket.gaierror, UnicodeError):
@@ -115,17 +157,3 @@ def resolve(target: Target, rules: Rules) -> list[tuple[str, int]]:
             "refused_address", None, f"{target.host} is not at a public address", evidence=f"host {target.host}"
         )
     return [(ip, target.port) for ip in public[:MAX_ADDRESSES]]
-
-
-def connect(target: Target, rules: Rules, deadline: float) -> socket.socket:
-    """A connection to the first address that takes one."""
-    error: OSError = OSError("no address")
-    for address in resolve(target, rules):
-        left = min(rules.timeout_s, deadline - time.monotonic())
-        try:
-            return socket.create_connection(address, max(left, 0.001))
-        except OSError as failure:
-            error = failure
-    if isinstance(error, TimeoutError):
-        raise Failed("timeout", None, "no answer in time")
-    raise Failed("connection", None, "the connection failed")

@@ -80,7 +80,8 @@ def parse(text: str, token: str, now: float = 0.0) -> Robots:
                     groups[name].append((_normal(value), field == "allow"))
         elif field == "crawl-delay":
             with suppress(ValueError):
-                delays.update(dict.fromkeys(names, min(max(float(value), 0.0), MAX_DELAY_S)))
+                seconds = float(value)
+                delays.update(dict.fromkeys(names, min(seconds, MAX_DELAY_S) if seconds > 0 else 0.0))
     who = token if token in groups else "*"
     return Robots("rules", tuple(groups.get(who, ())), delays.get(who, 0.0), now)
 

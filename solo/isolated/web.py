@@ -57,6 +57,7 @@ class Guest:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
+        self.resolver = address.Resolver(rules)
         self.budget = Budget(rules.shared, rules.host_concurrency, rules.host_requests_per_s)
         self.robots = Cache(rules.shared, rules.token, self._robots_file)
         self._idle = threading.local()  # the connection that this thread used last
@@ -107,7 +108,7 @@ class Guest:
 
     def _consult(self, target: Target, visit: Visit) -> None:
         """robots.txt of the host; an address that may not be visited is said first."""
-        address.resolve(target, self.rules)
+        self.resolver.find(target)
         robots = self.robots.of(target)
         visit.robots = robots.said
         if robots.said.startswith("unreachable"):
@@ -197,7 +198,7 @@ class Guest:
                     raise
         elif kept is not None:
             kept[1].close()
-        sock = address.connect(target, self.rules, deadline)
+        sock = self.resolver.connect(target, deadline)
         try:
             if target.scheme == "https":
                 sock = self._secure(sock, target)
