@@ -105,7 +105,9 @@ def install() -> None:
     if __name__ == "__mp_main__":  # workers read no list
         reader: Any = types.ModuleType("img2dataset.reader")
         reader.Reader = None
-        sys.modules |= {"img2dataset.reader": reader, "pandas": None}  # type: ignore[dict-item]
+        pandas: Any = types.ModuleType("pandas")
+        pandas.__version__ = "0.0"  # so old that pyarrow, which looks for it, does without
+        sys.modules |= {"img2dataset.reader": reader, "pandas": pandas}
     from img2dataset import downloader
 
     assert hasattr(downloader, "download_image_with_retry"), "this img2dataset fetches by another name"
