@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from solo import acquire, download
 from solo.artifact import Job, make
 from solo.raw import OUTCOMES
 from solo.sample import read_samples
+from solo.url_rows import rows_per_shard
 
 MIXES: dict[str, dict[tuple[int, int], float]] = {
     "500": {(500, 375): 1.0},
@@ -58,7 +59,7 @@ def run(*, repeats: int = REPEATS, n_urls: Mapping[str, int] = N_URLS) -> dict[s
         folder = Path(name)
         one = {who: measured(who, {(500, 375): 1.0}, 1, port, folder / f"one-{who}") for who in ("ours", "plain")}
         found = {mix: _mix(mix, n_urls[mix], port, folder, repeats, one) for mix in MIXES}
-    worst = min(found.values(), key=lambda m: m["ratio"] / m["goal"])
+    worst = min(found.values(), key=lambda m: float(m["ratio"]) / float(m["goal"]))
     return {
         "bench": "acquire",
         "ratio": worst["ratio"],
@@ -132,7 +133,7 @@ def _spread(sizes: Mapping[tuple[int, int], float], n: int) -> Iterator[tuple[in
     for _ in range(n):
         for size, share in sizes.items():
             owed[size] += share
-        size = max(owed, key=lambda s: owed[s])
+        size = max(owed, key=lambda s: owed[s])  # noqa: B023
         owed[size] -= 1
         yield size
 
@@ -144,7 +145,7 @@ def plain(folder: Path, n: int) -> list[str]:
         **{"output_folder": folder / "out", "output_format": "webdataset", "processes_count": 1, "thread_count": 16},
         **{"image_size": MAX_SIDE_PX, "resize_mode": "keep_ratio_largest", "resize_only_if_bigger": True},
         **{"skip_reencode": True, "encode_quality": 95, "compute_hash": None, "extract_exif": False},
-        **{"number_sample_per_shard": download.rows_per_shard(n), "enable_wandb": False},
+        **{"number_sample_per_shard": rows_per_shard(n), "enable_wandb": False},
     }
     return [str(download.environment()), "-I", "-m", "img2dataset.main", *(f"--{k}={v}" for k, v in options.items())]
 
@@ -194,18 +195,16 @@ def watch(process: subprocess.Popen[bytes]) -> dict[str, float]:
 @contextmanager
 def _gone() -> Iterator[None]:
     """A process may end between two looks at it."""
-    try:
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
         yield
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        pass
 
 
 def pictures() -> dict[str, bytes]:
-    """Path -> JPEG: noise whose spectrum falls as that of photographs, cut by a few straight edges."""
+    """Path -> JPEG: 1 / f**1.4 noise, which at quality 85 costs what photographs cost, cut by straight edges."""
     rng = np.random.default_rng(SEED)
     height, width = 3_000, 4_000
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-    fall = 1 / np.maximum(np.hypot(fy, fx), 1 / width) ** 1.3
+    fall = 1 / np.maximum(np.hypot(fy, fx), 1 / width) ** 1.4
     grey = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) * fall, (height, width))
     tint = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) * fall**1.3, (height, width))
     grey, tint = grey / grey.std() * 45 + 120, tint / tint.std() * 20

@@ -212,25 +212,25 @@ def test_x_robots_tag(value, refused):
 def test_a_decoder_that_dies_costs_one_picture(monkeypatch):
     from solo.isolated import resizer
 
-    decoder, data = Decoder(), encoded("PNG", (64, 48))
+    decoder, data, seen = Decoder(), encoded("PNG", (64, 48)), probe.Probe("png", 64, 48)
     python = os.environ.get("SOLO_IMG2DATASET") or resizer.DECODER.parents[2] / ".img2dataset/bin/python"
     monkeypatch.setattr(resizer.sys, "executable", str(python))
-    first = decoder.ask(data, 32, "png")
+    first = decoder.ask(data, 32, seen)
     assert first[1:] == (32, 24, 64, 48) and first[0].startswith(b"\xff\xd8")
     with pytest.raises(Failed, match="undecodable"):
-        decoder.ask(data[:-20], 32, "png")
+        decoder.ask(data[:-20], 32, seen)
     pid = decoder._process.pid
     os.kill(pid, signal.SIGSTOP)
     threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
     with pytest.raises(Failed, match="decoder_died"):
-        decoder.ask(data, 32, "png")
-    assert decoder.ask(data, 32, "png") == first and decoder._process.pid != pid
+        decoder.ask(data, 32, seen)
+    assert decoder.ask(data, 32, seen) == first and decoder._process.pid != pid
     monkeypatch.setattr(resizer, "DECODE_S", 0.2)
     os.kill(decoder._process.pid, signal.SIGSTOP)
     with pytest.raises(Failed, match=r"took over 0.2 s"):
-        decoder.ask(data, 32, "png")
+        decoder.ask(data, 32, seen)
     monkeypatch.setattr(resizer, "DECODE_S", 30)
-    assert decoder.ask(data, 32, "png") == first
+    assert decoder.ask(data, 32, seen) == first
     decoder._stop()
 
 

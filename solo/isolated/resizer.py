@@ -33,9 +33,10 @@ class Decoder:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def ask(self, data: bytes, max_side_px: int, kind: str) -> tuple[bytes, int, int, int, int]:
+    def ask(self, data: bytes, max_side_px: int, seen: Probe) -> tuple[bytes, int, int, int, int]:
         """A JPEG within max_side_px with sizes, or Failed."""
-        frame = ASK.pack(len(data), max_side_px, KINDS.index(kind if kind in KINDS else "other"))
+        kind = KINDS.index(seen.format if seen.format in KINDS else "other")
+        frame = ASK.pack(len(data), max_side_px, kind, seen.width, seen.height, seen.n_channels)
         with self._lock:
             try:
                 return self._exchange(frame, data)
@@ -125,4 +126,4 @@ class Resizer:
         fits = max(seen.width, seen.height) <= self.max_side_px
         if seen.format == "jpeg" and seen.n_channels in (1, 3) and fits:
             return data, seen.width, seen.height, seen.width, seen.height
-        return DECODE.ask(data, self.max_side_px, seen.format)
+        return DECODE.ask(data, self.max_side_px, seen)
