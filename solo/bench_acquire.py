@@ -42,7 +42,7 @@ MIXES: dict[str, dict[tuple[int, int], float]] = {
     "1024": {(1024, 768): 1.0},
     "40/40/20": {(500, 375): 0.4, (1024, 768): 0.4, (2048, 1536): 0.14, (4000, 3000): 0.06},
 }
-N_URLS = {"500": 6_000, "1024": 2_000, "40/40/20": 600}
+N_URLS = {"500": 4_000, "1024": 2_000, "40/40/20": 1_000}
 N_PICTURES = 12  # of each size
 MAX_SIDE_PX = 1024
 QUALITY = 85
@@ -55,10 +55,16 @@ HOST = "bench.test"
 
 def run(*, repeats: int = REPEATS, n_urls: Mapping[str, int] = N_URLS) -> dict[str, Any]:
     """All mixes, ours and the reference in turn."""
-    with tempfile.TemporaryDirectory(prefix="solo-bench-") as name, origin(pictures()) as port:
+    served = pictures()
+    with tempfile.TemporaryDirectory(prefix="solo-bench-") as name, origin(served) as port:
         folder = Path(name)
         one = {who: measured(who, {(500, 375): 1.0}, 1, port, folder / f"one-{who}") for who in ("ours", "plain")}
-        found = {mix: _mix(mix, n_urls[mix], port, folder, repeats, one) for mix in MIXES}
+        found = {}
+        for mix in MIXES:
+            runs = [_turn(mix, n_urls[mix], port, folder / f"{i}-{mix.replace('/', '-')}") for i in range(repeats)]
+            found[mix] = _compared(mix, n_urls[mix], runs, one)
+            found[mix]["psnr_db"] = psnr(folder / f"0-{mix.replace('/', '-')}", served)
+
     worst = min(found.values(), key=lambda m: float(m["ratio"]) / float(m["goal"]))
     return {
         "bench": "acquire",
@@ -74,21 +80,23 @@ def run(*, repeats: int = REPEATS, n_urls: Mapping[str, int] = N_URLS) -> dict[s
     }
 
 
-def _mix(
-    mix: str, n: int, port: int, folder: Path, repeats: int, one: Mapping[str, Mapping[str, float]]
+def _turn(mix: str, n: int, port: int, folder: Path) -> dict[str, dict[str, float]]:
+    """Both sides once, one after the other."""
+    folder.mkdir()
+    return {who: measured(who, MIXES[mix], n, port, folder / who) for who in ("ours", "plain")}
+
+
+def _compared(
+    mix: str, n: int, runs: list[dict[str, dict[str, float]]], one: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    runs: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
-    for i in range(repeats):
-        for who, costs in runs.items():
-            costs.append(measured(who, MIXES[mix], n, port, folder / f"{mix.replace('/', '-')}-{i}-{who}"))
-    side = {who: _side(n, costs, one[who]) for who, costs in runs.items()}
+    side = {who: _side(n, [turn[who] for turn in runs], one[who]) for who in one}
     return {
         "ratio": round(side["ours"]["samples_per_core_s"] / side["plain"]["samples_per_core_s"], 2),
         "ratio_with_start": round(side["plain"]["cpu_s"] / side["ours"]["cpu_s"], 2),
+        "ratio_wall": round(side["plain"]["wall_s"] / side["ours"]["wall_s"], 2),
         "goal": GOALS[mix],
         "urls": n,
         **side,
-        "psnr_db": psnr(folder / f"{mix.replace('/', '-')}-0-ours"),
     }
 
 
@@ -133,7 +141,7 @@ def _spread(sizes: Mapping[tuple[int, int], float], n: int) -> Iterator[tuple[in
     for _ in range(n):
         for size, share in sizes.items():
             owed[size] += share
-        size = max(owed, key=lambda s: owed[s])  # noqa: B023
+        size = max(owed, key=lambda s: owed[s])
         owed[size] -= 1
         yield size
 
@@ -223,40 +231,29 @@ def pictures() -> dict[str, bytes]:
     return found
 
 
-def psnr(folder: Path) -> dict[str, float | None]:
-    """Lowest PSNR of what was stored against a full decode and an area resize; None where the bytes are as served."""
-    served = {len(data): data for data in pictures().values()}
+def psnr(folder: Path, found: Mapping[str, bytes]) -> dict[str, float | None]:
+    """Lowest PSNR of what was stored against a full decode and a box resize; None where the bytes are as served."""
     lowest: dict[str, float | None] = {}
     seen = set()
     for tar in sorted(folder.rglob("raw/*.tar")):
         for sample in read_samples(tar):
-            size, n = sample.meta["url"].split("/")[3:5]
-            name = f"/{size}/{n.partition('?')[0]}"
-            if name in seen:
+            size, name = sample.meta["url"].partition("?")[0].split("/")[3:5]
+            data, served = sample.images[0], found[f"/{size}/{name}"]
+            if (size, name) in seen:
                 continue
-            seen.add(name)
-            data = sample.images[0]
-            if len(data) in served and served[len(data)] == data:
-                lowest.setdefault(size, None)
-                continue
-            exact = Image.open(io.BytesIO(pictures_of(name, served))).convert("RGB")
-            found = _psnr(exact, Image.open(io.BytesIO(data)).convert("RGB"))
-            lowest[size] = round(min(lowest.get(size) or 99.0, found), 2)
+            seen.add((size, name))
+            lowest.setdefault(size, None)
+            if data != served:
+                exact = Image.open(io.BytesIO(served)).convert("RGB")
+                got = _psnr(exact, Image.open(io.BytesIO(data)).convert("RGB"))
+                lowest[size] = round(min(lowest[size] or 99.0, got), 2)
     return lowest
-
-
-def pictures_of(name: str, served: Mapping[int, bytes]) -> bytes:
-    """The picture that was served under a name."""
-    return _NAMED.setdefault(id(served), pictures())[name]
-
-
-_NAMED: dict[int, dict[str, bytes]] = {}
 
 
 def _psnr(exact: Image.Image, got: Image.Image) -> float:
     small = exact.resize(got.size, Image.Resampling.BOX)
     error = np.mean((np.asarray(small, np.float64) - np.asarray(got, np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+    return float(10 * np.log10(255**2 / max(float(error), 1e-9)))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ STRIP_ROWS = 256  # alpha is laid on white in float64, a strip at a time
 MAX_BITS = 1.5  # per pixel; above, a picture rarely passes, and the try would cost a third
 REST = 1.9  # what a reduced decode leaves to the area resize
 MAX_DETAIL = 150.0  # mean square of the second difference between neighbours, in the busiest tile
-TILE = (4, 64)  # of every 16th line: 64 x 64 pixels, so that a flat sky does not hide a grating
+TILE = (2, 64)  # of every 32nd line: 64 x 64 pixels, so that a flat sky does not hide a grating
 KINDS = ("jpeg", "png", "webp", "gif", "other")
 
 
@@ -73,11 +73,11 @@ def _reduced(encoded: Any, max_side_px: int, seen: tuple[int, int, int]) -> Any:
 
 
 def _detail(image: Any) -> float:  # noqa: ANN401
-    """The largest mean square of second differences in any tile, along every 16th row and every 16th column."""
+    """The largest mean square of second differences in any tile, along every 32nd row and every 32nd column."""
     import numpy as np
 
     worst, step = 0.0, image.shape[2] if image.ndim == 3 else 1  # neighbours of one channel are `step` apart
-    for lines in (image[::16], image[:, ::16].swapaxes(0, 1)):
+    for lines in (image[::32], image[:, ::32].swapaxes(0, 1)):
         flat = lines.reshape(len(lines), -1).astype(np.int16)
         bend = (flat[:, 2 * step :] - 2 * flat[:, step:-step] + flat[:, : -2 * step]).astype(np.float32)
         worst = max(worst, float(_tile_means(bend * bend, (TILE[0], TILE[1] * step)).max()))

@@ -8,12 +8,14 @@ decodes every sample anyway); a decoder that dies or takes too long costs this o
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,7 @@ from solo.isolated.probe import Probe
 from solo.isolated.rules import Failed
 
 DECODE_S = 30.0
+PIPE_BYTES = 1 << 20
 DECODER = Path(__file__).with_name("decoder.py")
 Resized = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
 
@@ -56,6 +59,9 @@ class Decoder:
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
             )
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):  # an administrator may allow less
+                    fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[union-attr]
         assert process.stdin is not None and process.stdout is not None
         deadline = time.monotonic() + DECODE_S
         write_all(process.stdin, frame + data, deadline)
@@ -87,7 +93,7 @@ def write_all(pipe: Any, data: bytes, deadline: float) -> None:  # noqa: ANN401 
     while view:
         if not select.select([], [pipe], [], max(deadline - time.monotonic(), 0))[1]:
             raise TimeoutError
-        view = view[os.write(pipe.fileno(), view[: 1 << 16]) :]
+        view = view[os.write(pipe.fileno(), view[:PIPE_BYTES]) :]
 
 
 def read(pipe: BinaryIO | Any, n: int, deadline: float) -> bytes:  # noqa: ANN401 - a raw pipe end
