@@ -74,8 +74,8 @@ def current(source: str, settings: Settings) -> Artifact:
         "revision": spec.revision,
         "acquire": spec.acquire.model_dump(mode="json"),
     }
-    job = replace(_place(source, settings), spec=passes.identity(settings.root, acquire.VERSION, asked))
-    manifest = artifact.read_manifest(job.out)
-    if manifest is None or artifact.damage(job.out) is not None:
-        raise ValueError(f"{source}: acquire has not run for its spec and passes as they are; `solo run` it first")
-    return Artifact(job.out, manifest)
+    first = replace(_place(source, settings), spec=asked)
+    if wrong := artifact.damage(first.out):
+        raise ValueError(f"{source}: acquire has not run for its spec as it stands ({wrong}); `solo run` it first")
+    job = replace(first, spec=passes.identity(settings.root, acquire.VERSION, asked))
+    return artifact.make(job, acquire.run)[0]  # with passes that no run has taken up yet, a matter of hard links
