@@ -62,12 +62,28 @@ class Acquire(Spec):
     samples_per_shard: int = Field(gt=0)
 
 
+class Near(Spec):
+    """How alike two samples may be before one of them is dropped; what is left out is not compared."""
+
+    image: int | None = Field(default=None, ge=0, le=3, description="bits of 64 in which `phash` may differ")
+    colour: int | None = Field(default=None, ge=0, le=255, description="and levels in which `colours` may differ")
+    text: float | None = Field(default=None, ge=0.7, le=1, description="share of equal minima in `minhash`")
+
+    @model_validator(mode="after")
+    def _colour_of_an_image(self) -> Near:
+        if self.colour is not None and self.image is None:
+            raise ValueError("colour narrows what image finds; give image (0..3) too")
+        return self
+
+
 class Filter(Spec):
-    """Signals to compute, predicates that keep a sample, columns whose exact repeats are dropped."""
+    """Signals to compute, predicates that keep a sample, columns whose exact repeats are dropped, what is too alike."""
 
     signals: tuple[str, ...] = Field(description="`module.function` in solo/signals/, in order")
+    arguments: dict[str, dict[str, JsonValue]] = Field(default={}, description="signal -> its own arguments")
     keep: dict[str, str] = Field(description="name -> SQL over signal columns; the first not true is the reason")
-    unique: tuple[str, ...] = ()
+    unique: tuple[str, ...] = Field(default=(), description="columns, or `a + b`: equal in both")
+    near: Near = Near()
 
 
 class GridPictures(Spec):
@@ -163,6 +179,9 @@ class MixSpec(Spec):
     title: str
     seed: int
     budget_tokens: int | None = Field(default=None, gt=0, description="required iff a source is drawn by weight")
+    unique: tuple[str, ...] = Field(default=(), description="as a source's, across sources: the first listed wins")
+    near: Near = Field(default=Near(), description="as a source's, across sources: the first listed wins")
+    decontaminate: tuple[str, ...] = Field(default=(), description="benchmarks whose items may not be in the mix")
     sources: tuple[MixSource, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

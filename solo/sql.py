@@ -25,8 +25,9 @@ import pyarrow as pa
 
 from solo import artifact, raw, trained
 from solo.artifact import Manifest
-from solo.curate import LOCK, literal
+from solo.curate import LOCK
 from solo.evaluate import ANSWERS
+from solo.exclude import literal
 from solo.filter import FIXED, VERDICT
 from solo.pack_plan import PACKS, PLAN
 from solo.predicate import one_line
@@ -161,7 +162,7 @@ def session(root: Path, *, memory_bytes: int | None = None) -> Iterator[Session]
 
 def lock(scratch: Path, files: Sequence[str], *, memory_bytes: int) -> duckdb.DuckDBPyConnection:
     """A DuckDB that can open `files` and its scratch, has no extension, and whose settings are final."""
-    config = {
+    config: dict[str, str | bool | int | float | list[str]] = {
         "temp_directory": str(scratch),
         "max_temp_directory_size": f"{SCRATCH_BYTES}B",
         "memory_limit": f"{memory_bytes}B",

@@ -1,254 +1,219 @@
-"""What somebody might write where SQL is expected: each must be refused, and must read and write nothing outside."""
+"""A hostile origin on real sockets, and the pictures it serves: what the open web does to a downloader, on purpose."""
 
-import hashlib
-from pathlib import Path
+import contextlib
+import gzip
+import io
+import random
+import socket
+import socketserver
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
 
-READERS = (
-    "read_text('{secret}')",
-    "read_blob('{secret}')",
-    "read_csv('{secret}')",
-    "read_csv_auto('{secret}')",
-    "read_csv(['{secret}'])",
-    "read_json('{secret}')",
-    "read_json_auto('{secret}')",
-    "read_ndjson('{secret}')",
-    "read_json_objects('{secret}')",
-    "read_ndjson_objects('{secret}')",
-    "read_parquet('{outside}')",
-    "read_parquet('{inside}')",
-    "read_parquet('{inside}/../../../../../../out.parquet')",
-    "read_blob('{inside}')",
-    "parquet_scan('{outside}')",
-    "parquet_metadata('{outside}')",
-    "parquet_schema('{outside}')",
-    "parquet_kv_metadata('{outside}')",
-    "parquet_file_metadata('{outside}')",
-    "parquet_full_metadata('{outside}')",
-    "parquet_bloom_probe('{outside}', 'a', 1)",
-    "read_duckdb('{secret}')",
-    "sniff_csv('{secret}')",
-    "glob('/etc/*')",
-    "glob('**')",
-    "read_text('https://example.test/x')",
-    "read_csv('http://127.0.0.1:9/x.csv')",
-    "read_parquet('s3://bucket/x.parquet')",
-    "read_parquet('hf://datasets/x/y.parquet')",
-    "read_text('file://{secret}')",
-    "read_text('/dev/stdin')",
-    "read_text('/proc/self/environ')",
-    "query('COPY (SELECT 1) TO ''x.csv''')",
-    "query('FROM read_text(''{secret}'')')",
-    "query_table('{outside}')",
-    "query_table(['verdicts', '{outside}'])",
-    "json_execute_serialized_sql(json_serialize_sql('FROM read_text(''{secret}'')'))",
-    "duckdb_settings()",
-    "duckdb_secrets()",
-    "duckdb_databases()",
-    "duckdb_temporary_files()",
-    "duckdb_extensions()",
-    "duckdb_logs()",
-    "which_secret('s3://a', 's3')",
-    "pragma_database_size()",
-    "pragma_storage_info('verdicts')",
-    "checkpoint()",
-    "force_checkpoint()",
-    "enable_logging()",
-    "enable_profiling()",
-    "truncate_duckdb_logs()",
-    "seq_scan('verdicts')",
-    "arrow_scan(1, 2, 3)",
-    "pandas_scan(1)",
-    "summary((FROM read_text('{secret}')))",
-    "test_all_types()",
-)
-TABLES = (
-    "'{secret}'",
-    '"{secret}"',
-    "'{outside}'",
-    "'{inside}'",
-    "'out.parquet'",
-    "'*.csv'",
-    "'https://example.test/x.csv'",
-    "'s3://bucket/x.parquet'",
-    "information_schema.tables",
-    "pg_catalog.pg_class",
-    "sqlite_master",
-    'main."{secret}"',
-    "memory.main.verdicts",
-    "frame",
-    "verdicts_columns",
-    'verdicts, "{secret}"',
-    "(SELECT * FROM '{secret}')",
-    "verdicts JOIN '{outside}' ON TRUE",
-    "verdicts AS v, LATERAL (FROM read_text(v.reason))",
-)
-STATEMENTS = (
-    "COPY (SELECT 1) TO 'x.csv'",
-    "COPY (SELECT 1) TO '{outside}' (USE_TMP_FILE FALSE)",
-    "COPY (SELECT 1) TO '{inside}' (FORMAT parquet, USE_TMP_FILE FALSE)",
-    "COPY verdicts TO '/dev/stdout'",
-    "COPY verdicts FROM '{secret}'",
-    "COPY (SELECT 1) TO 's3://bucket/x'",
-    "WITH a AS (COPY (SELECT 1) TO '{inside}' (FORMAT parquet, USE_TMP_FILE FALSE)) SELECT 1",
-    "WITH a AS (COPY (SELECT 1) TO 'x.csv') SELECT * FROM a",
-    "WITH a AS (INSERT INTO views VALUES ('a', 'b', 'c') RETURNING *) FROM a",
-    "WITH a AS (UPDATE views SET part = 'x' RETURNING 1) FROM a",
-    "WITH a AS (DELETE FROM views RETURNING 1) FROM a",
-    "SELECT (WITH a AS (DELETE FROM views RETURNING 1) SELECT 1)",
-    "EXPORT DATABASE 'dump'",
-    "IMPORT DATABASE '{folder}'",
-    "ATTACH 'x.db'",
-    "ATTACH ':memory:' AS m",
-    "ATTACH '{secret}' AS m (READ_ONLY)",
-    "ATTACH 'postgres://127.0.0.1/x' AS p (TYPE postgres)",
-    "DETACH memory",
-    "USE memory",
-    "INSTALL httpfs",
-    "FORCE INSTALL httpfs FROM community",
-    "INSTALL '{folder}/x.duckdb_extension'",
-    "LOAD httpfs",
-    "LOAD '{folder}/x.duckdb_extension'",
-    "UPDATE EXTENSIONS",
-    "SET enable_external_access = TRUE",
-    "SET allowed_directories = ['/']",
-    "SET allowed_paths = ['/etc/passwd']",
-    "SET lock_configuration = FALSE",
-    "SET temp_directory = '{folder}'",
-    "SET memory_limit = '1TB'",
-    "SET GLOBAL threads = 64",
-    "SET SESSION search_path = 'pg_catalog'",
-    "SET VARIABLE x = 1",
-    "RESET lock_configuration",
-    "RESET enable_external_access",
-    "PRAGMA enable_profiling",
-    "PRAGMA database_list",
-    "PRAGMA profiling_output = 'x.json'",
-    "PRAGMA log_query_path = 'x.log'",
-    "CALL pragma_version()",
-    "CALL enable_logging(storage = 'file')",
-    "CREATE SECRET (TYPE s3, KEY_ID 'a', SECRET 'b')",
-    "CREATE PERSISTENT SECRET s (TYPE s3)",
-    "DROP SECRET s",
-    "CREATE TABLE t AS FROM read_text('{secret}')",
-    "CREATE TEMP TABLE t (a INT)",
-    "CREATE OR REPLACE VIEW verdicts AS SELECT 1",
-    "CREATE MACRO m() AS TABLE FROM read_text('{secret}')",
-    "CREATE FUNCTION f(x) AS x",
-    "CREATE SCHEMA s",
-    "CREATE SEQUENCE s",
-    "CREATE TYPE t AS ENUM ('a')",
-    "CREATE INDEX i ON views (view)",
-    "ALTER TABLE views RENAME TO other",
-    "DROP TABLE views",
-    "DROP VIEW verdicts",
-    "INSERT INTO views VALUES ('a', 'b', 'c')",
-    "UPDATE views SET part = 'x'",
-    "DELETE FROM views",
-    "TRUNCATE views",
-    "MERGE INTO views USING views AS v ON TRUE WHEN MATCHED THEN DELETE",
-    "BEGIN",
-    "COMMIT",
-    "CHECKPOINT",
-    "VACUUM",
-    "ANALYZE",
-    "PREPARE p AS SELECT 1",
-    "EXECUTE p",
-    "DEALLOCATE p",
-    "EXPLAIN ANALYZE COPY (SELECT 1) TO 'x.csv'",
-    "EXPLAIN SELECT 1",
-    "COMMENT ON VIEW verdicts IS 'x'",
-    "SHOW TABLES",
-    "SHOW ALL TABLES",
-    "SHOW DATABASES",
-    "DESCRIBE verdicts",
-    "SUMMARIZE '{outside}'",
-    "SELECT 1; COPY (SELECT 1) TO 'x.csv'",
-    "SELECT 1; DROP TABLE views",
-    "SELECT 1 /* ; */; SET threads = 1",
-    "SELECT getenv('HOME')",
-    "SELECT current_setting('temp_directory')",
-    "SELECT write_log('x')",
-    "SELECT sleep_ms(1)",
-    "SELECT nextval('s')",
-    "SELECT getvariable('x')",
-    "SELECT load_extension('x')",
-    "SELECT readfile('{secret}')",
-    "SELECT file_exists('{secret}')",
-    "SELECT $1",
-    "SELECT ?",
-    "SELECT 'unfinished",
-    "SELECT 1 /* unfinished",
-    "",
-    ";",
-    "-- nothing",
-    "\\x00",
-    ".shell ls",
-    ".read {secret}",
-)
-PREDICATES = (
-    *(f"n IN (SELECT 1 FROM {reader})" for reader in READERS),
-    *(f"EXISTS (FROM {reader})" for reader in READERS[:12]),
-    *(f"n IN (SELECT 1 FROM {table})" for table in TABLES),
-    "true FROM read_text('{secret}')",
-    "true FROM '{secret}'",
-    "true FROM t WHERE (true",
-    "true); COPY (SELECT 1) TO 'x.csv'; SELECT (true",
-    "true; COPY (SELECT 1) TO 'x.csv'",
-    "true) UNION ALL (SELECT content FROM read_text('{secret}')",
-    "true UNION SELECT true FROM read_text('{secret}')",
-    "(COPY (SELECT 1) TO 'x.csv')",
-    "(WITH a AS (COPY (SELECT 1) TO '{outside}' (USE_TMP_FILE FALSE)) SELECT true)",
-    "(WITH a AS (COPY (SELECT 1) TO 'x.csv') SELECT true)",
-    "true INTO OUTFILE 'x'",
-    "(FROM read_text('{secret}'))",
-    "ARRAY(FROM read_text('{secret}')) IS NULL",
-    "n = ANY (SELECT 1 FROM glob('/etc/*'))",
-    "list_filter([1], lambda x: x IN (SELECT 1 FROM read_text('{secret}'))) = []",
-    "CASE WHEN true THEN EXISTS (FROM read_text('{secret}')) END",
-    "getenv('HOME') = 'x'",
-    "current_setting('temp_directory') = 'x'",
-    "getvariable('x') = 1",
-    "write_log('x') IS NULL",
-    "sleep_ms(1) IS NULL",
-    "nextval('s') > 0",
-    "setseed(0.5) IS NULL",
-    "current_query() = 'x'",
-    "current_database() = 'x'",
-    "in_search_path('a', 'b')",
-    "txid_current() > 0",
-    "pg_catalog.random() > 0.5",
-    "main.now() > TIMESTAMP '2020-01-01'",
-    "read_text('{secret}') = 'x'",
-    "query('SELECT 1') = 1",
-    "glob('/etc/*') = 'x'",
-    "$1",
-    "?",
-    "n > #1; ATTACH 'x.db'",
-    "SET threads = 1",
-    "",
-    "-- nothing",
-)
+from PIL import Image
+
+PAD = b"\0" * 65_536
 
 
-class Ground:
-    """A folder with a secret, a Parquet file beside the data root, and one of an artifact; it says if any changed."""
+def encoded(form="JPEG", size=(48, 32), seed=0, **save):
+    noise = Image.frombytes("RGB", (8, 8), random.Random(seed).randbytes(192))
+    out = io.BytesIO()
+    noise.resize(size).save(out, form, **save)
+    return out.getvalue()
 
-    def __init__(self, folder: Path, inside: Path) -> None:
-        self.folder = folder
-        self.words = {
-            "secret": str(folder / "secret.csv"),
-            "outside": str(folder / "out.parquet"),
-            "inside": str(inside),
-            "folder": str(folder),
-        }
-        (folder / "secret.csv").write_text("word\nSECRET\n")
 
-    def fill(self, text: str) -> str:
-        for word, value in self.words.items():
-            text = text.replace(f"{{{word}}}", value)
-        return text
+def chunk(kind, data=b""):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def state(self) -> dict[str, str]:
-        """Every file below, by its bytes."""
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file())
-        return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+def png(width, height, *, extra=(), rows=None):
+    """A 1-bit grey PNG; without `rows` its pixels are absent, which costs nothing and still declares them."""
+    pixels = zlib.compress(b"".join(b"\0" + bytes((width + 7) // 8) for _ in range(rows or 1)), 9)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + chunk(b"IDAT", pixels) + chunk(b"IEND")
+
+
+def gif(width, height, n_frames=1):
+    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+    palette = b"\0\0\0\xff\xff\xff"
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + palette + frame * n_frames + b"\x3b"
+
+
+def webp(width, height, n_frames=0, n_other=0):
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + size
+    body += (b"ANMF" + struct.pack("<I", 16) + bytes(16)) * n_frames + (b"XMP " + struct.pack("<I", 0)) * n_other
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def jpeg_of(width, height, *, segments=0, scans=0):
+    """A real JPEG whose header is changed, and bare segments or scans put in."""
+    data = bytearray(encoded())
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    head = data[:2] + b"\xff\xfe\x00\x03x" * segments + data[2:-2]
+    return bytes(head + b"\xff\xda\x00\x02" * scans + b"\xff\xd9")
+
+
+def mutated(data, seed):
+    """The same bytes with a few of them changed, cut out or put in."""
+    draw, out = random.Random(seed), bytearray(data)
+    for _ in range(draw.randint(1, 12)):
+        at = draw.randrange(len(out))
+        if draw.random() < 0.6:
+            out[at] = draw.randrange(256)
+        elif draw.random() < 0.5:
+            del out[at : at + draw.randint(1, 40)]
+        else:
+            out[at:at] = draw.randbytes(draw.randint(1, 40))
+        out = out or bytearray(b"\0")
+    return bytes(out)
+
+
+def answer(body=b"", headers=(), status="200 OK", length=True):
+    lines = [f"HTTP/1.1 {status}", *headers] + ([f"Content-Length: {len(body)}"] if length else [])
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+class Drip:
+    """`head`, then `data` in pieces of n bytes with a pause after each."""
+
+    def __init__(self, head, data, n, pause_s):
+        self.head, self.data, self.n, self.pause_s = head, data, n, pause_s
+
+    def __call__(self, send, stop):
+        send(self.head)
+        for at in range(0, len(self.data), self.n):
+            send(self.data[at : at + self.n])
+            if stop.wait(self.pause_s):
+                return
+
+
+class Endless:
+    """`head`, then `piece` until the other side has enough or `n_bytes` have gone."""
+
+    def __init__(self, head, piece, n_bytes=24 << 20):
+        self.head, self.piece, self.n_bytes = head, piece, n_bytes
+
+    def __call__(self, send, stop):
+        send(self.head)
+        block = self.piece * max(65_536 // len(self.piece), 1)
+        for _ in range(self.n_bytes // len(block)):
+            send(block)
+            if stop.is_set():
+                return
+
+
+def hang(send, stop):
+    stop.wait(20)
+
+
+def reset(send, stop):
+    send(answer(encoded())[:200])
+    raise ConnectionResetError
+
+
+class Server:
+    """Serves `routes[path]` (bytes, or a function of send and stop) and `robots[host]`; counts bytes by path."""
+
+    def __init__(self, routes, robots):
+        self.routes, self.robots = routes, robots
+        self.sent, self.asked, self.agents = Counter(), Counter(), set()
+        self.stop = threading.Event()
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), self._handler(), bind_and_activate=False)
+        self._server.daemon_threads, self._server.block_on_close = True, False
+        self._server.request_queue_size = 256
+        self._server.server_bind()
+        self._server.server_activate()
+        self.port = self._server.server_address[1]
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(origin):
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                try:
+                    origin._serve(self.request)
+                except OSError:
+                    self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        return Handler
+
+    def _serve(self, sock):
+        head = b""
+        sock.settimeout(10)
+        while b"\r\n\r\n" not in head:
+            data = sock.recv(65_536)
+            if not data:
+                return
+            head += data
+        lines = head.decode("latin-1").split("\r\n")
+        path = lines[0].split(" ")[1]
+        fields = {name.lower(): value.strip() for name, _, value in (text.partition(":") for text in lines[1:])}
+        host = fields.get("host", "").partition(":")[0]
+        self.agents.add(fields.get("user-agent"))
+        self.asked[host, path] += 1
+        route = self.robots.get(host, answer(status="404 None")) if path == "/robots.txt" else self.routes.get(path)
+
+        def send(data):
+            sock.sendall(data)
+            self.sent[path] += len(data)
+
+        if callable(route):
+            route(send, self.stop)
+        else:
+            send(route if route is not None else answer(status="404 None"))
+
+
+class Canary:
+    """A listener that nobody may reach, on both loopbacks where the machine has both."""
+
+    def __init__(self):
+        self.n_connections = 0
+        first = socket.create_server(("127.0.0.1", 0))
+        self.port = first.getsockname()[1]
+        self._sockets = [first]
+        with contextlib.suppress(OSError):
+            self._sockets.append(socket.create_server(("::1", self.port), family=socket.AF_INET6))
+        for one in self._sockets:
+            threading.Thread(target=self._listen, args=(one,), daemon=True).start()
+
+    def _listen(self, one):
+        while True:
+            try:
+                accepted, _ = one.accept()
+            except OSError:
+                return
+            self.n_connections += 1
+            accepted.sendall(answer(encoded()))
+            accepted.close()
+
+    def close(self):
+        for one in self._sockets:
+            one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+def zipped(data):
+    return gzip.compress(data, 9)
+
+
+def raw_deflate(data):
+    pack = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return pack.compress(data) + pack.flush()
+
+
+def wait_until(condition, seconds=5):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()

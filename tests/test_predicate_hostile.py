@@ -1,16 +1,19 @@
 """What a spec's `keep` and `where` may say is checked before it is bound: nothing is read, written or set by it."""
 
+import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import duckdb
-import hostile
+import hostile_sql as hostile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from solo import predicate
 from solo.spec import SpecError
+
+# Ours, or DuckDB's from before it looks at any table.
+BEFORE_BINDING = r"is not a fixed function of one sample|Parser Error|Scalar Function with name \S+ does not exist|is a table function but"
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +38,14 @@ def con() -> Iterator[duckdb.DuckDBPyConnection]:
 
 @pytest.mark.parametrize("text", hostile.PREDICATES)
 def test_a_hostile_predicate_is_one_line_and_touches_nothing(
-    con: duckdb.DuckDBPyConnection, ground: hostile.Ground, text: str, monkeypatch: pytest.MonkeyPatch
+    con: duckdb.DuckDBPyConnection, ground: hostile.Ground, text: str
 ) -> None:
-    before, bound = ground.state(), []
-    monkeypatch.setattr(predicate, "SQLExpression", lambda given: bound.append(given))
+    before = ground.state()
     with pytest.raises(SpecError) as caught:
         predicate.check(con, con.table("t"), {"bad": ground.fill(text)}, "f.yaml: keep")
     said = str(caught.value)
     assert said.startswith("f.yaml: keep.bad: ") and "\n" not in said and "SECRET" not in said
-    assert not bound, "it was given to DuckDB's binder, which opens files"
+    assert re.search(BEFORE_BINDING, said), "it went as far as the binder, which opens files"
     assert ground.state() == before
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
-import hostile
+import hostile_sql as hostile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -150,7 +150,7 @@ def test_without_the_parse_duckdb_itself_reads_no_other_file(
 
 def test_settings_are_final(session: sql.Session) -> None:
     for text in ("SET enable_external_access = TRUE", "SET allowed_paths = []", "SET memory_limit = '1TB'"):
-        with pytest.raises(duckdb.Error, match="locked|disabled"):
+        with pytest.raises(duckdb.Error, match=r"locked|disabled"):
             session._con.execute(text)
     with pytest.raises(duckdb.Error):
         session._con.execute("INSTALL httpfs")
