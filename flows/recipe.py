@@ -19,7 +19,7 @@ from prefect.states import Completed, Failed
 
 from flows import acquire, curate, evaluate, filter, pack, report, shard, train
 from flows.part import Made, publish, refs_of
-from solo import line, pages, runs
+from solo import line, mix_diff, pages, runs
 from solo.artifact import Artifact
 from solo.line import Node, Part, Settings
 
@@ -84,12 +84,20 @@ def _run(recipe: str, nodes: list[Node], settings: Settings, force: list[Part]) 
             shown[node.part] = publish(
                 recipe, node.part, [artifacts[n.id] for n in nodes if n.part == node.part], artifacts
             )
+            if node.part == "curate":
+                _show_changes(recipe, settings, [artifacts[n.id] for n in nodes if n.part == "curate"])
     overview = create_markdown_artifact(key=recipe, markdown=pages.overview(list(artifacts.values())))
     base = f"{PREFECT_UI_URL.value()}/v2"
     links = {"run": f"{base}/runs/flow-run/{runtime.flow_run.id}", "overview": f"{base}/artifacts/artifact/{overview}"}
     links |= {part: f"{base}/artifacts/artifact/{page}" for part, page in shown.items()}
     runs.write(settings.root, recipe, states, artifacts, links)
     return Completed(message=runs.sentence(states))
+
+
+def _show_changes(recipe: str, settings: Settings, locks: list[Artifact]) -> None:
+    """A page for each mix whose lock is not that of the recipe's last run."""
+    for mix, page in mix_diff.changed(settings.root, runs.last(settings.root, recipe), locks):
+        create_markdown_artifact(key=f"{recipe}-{mix}-diff", markdown=page, description=f"what changed in {mix}")
 
 
 def _one(node: Node, inputs: dict[str, Made], settings: Settings, force: bool) -> State:

@@ -30,7 +30,9 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure a part against its reference, both in one run.", no_args_is_help=True)
 show = typer.Typer(help="Look at one thing a run made.", no_args_is_help=True)
+diff = typer.Typer(help="What changed between two things a run made.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(diff, name="diff")
 app.add_typer(show, name="show")
 out = Console(highlight=False)
 
@@ -313,6 +315,25 @@ def sql(
         else:
             text = query if query is not None else sys.stdin.read()
             typer.echo(sql_shell.written(opened.ask(text), "json" if as_json else "csv" if as_csv else "table"))
+
+
+@diff.command("mix")
+def diff_mix(
+    before: Annotated[str, typer.Argument(help="`mix` or `mix@fingerprint`; alone, its newest two locks.")],
+    after: Annotated[str | None, typer.Argument(help="The same, to compare with.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write a page with thumbnails here (Markdown).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what changed from one mix lock to another: samples, repeats, tokens, and what they are like."""
+    from solo import locks, mix_diff
+
+    root = Settings.from_env().root
+    a, b = locks.pair(root, before, after)
+    if page is not None:
+        page.write_text(mix_diff.page(root, a, b), encoding="utf-8")
+    found = mix_diff.difference(root, a, b)
+    for text in [json.dumps(found)] if as_json else mix_diff.lines(found):
+        typer.echo(text)
 
 
 def _module(*arguments: str) -> list[str]:

@@ -121,6 +121,12 @@ def write(
     write_atomic(root / "runs" / f"{recipe}.json", json.dumps(record, indent=1).encode())
 
 
+def last(root: Path, recipe: str) -> dict[str, str]:
+    """Node -> fingerprint of what the recipe's last run ended with; empty where there was none."""
+    path = root / "runs" / f"{recipe}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))["artifacts"]) if path.is_file() else {}
+
+
 def read(root: Path, recipe: str) -> tuple[dict[str, Any], list[Manifest]]:
     """The last run's record and the manifests of the artifacts it ended with."""
     path = root / "runs" / f"{recipe}.json"

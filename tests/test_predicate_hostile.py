@@ -13,7 +13,10 @@ from solo import predicate
 from solo.spec import SpecError
 
 # Ours, or DuckDB's from before it looks at any table.
-BEFORE_BINDING = r"is not a fixed function of one sample|Parser Error|Scalar Function with name \S+ does not exist|is a table function but"
+BEFORE_BINDING = (
+    r"is not a fixed function of one sample|Parser Error|"
+    r"Scalar Function with name \S+ does not exist|is a table function but"
+)
 
 
 @pytest.fixture(scope="module")
