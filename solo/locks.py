@@ -1,7 +1,7 @@
 """Locks: the finished mix locks under a data root, and the shards each was drawn from.
 
-In: a data root and names, `mix` or `mix@fingerprint`. Out: artifacts. Invariant: a lock's shards are those whose content
-its manifest names, never newer ones of the same source. Cost: manifests only.
+In: a data root and names, `mix` or `mix@fingerprint`. Out: artifacts. Invariant: a lock's shards are those whose
+content its manifest names, never newer ones of the same source. Cost: manifests only.
 """
 
 from __future__ import annotations

@@ -159,8 +159,23 @@ def _train(m: Manifest, inputs: Sequence[Manifest]) -> Iterator[tuple[str, Any, 
             yield f"{m.id}: tokens trained + left out = tokens of {i.id}", trained, i.stats["n_tokens"]
             trained = m.stats["n_loss_tokens"] + out["loss_tokens"]
             yield f"{m.id}: loss tokens trained + left out = those of {i.id}", trained, i.stats["n_loss_tokens"]
+            yield from _realised(m, i)
     for field in ("n_tokens", "n_loss_tokens"):
         yield from _sums(m, field)
+
+
+def _realised(m: Manifest, pack: Manifest) -> Iterator[tuple[str, Any, Any]]:
+    """The mix that was trained is the one that was packed, source by source."""
+    planned, trained = (x.stats.get("sources", {}) for x in (pack, m))
+    out = m.stats["left_out"].get("sources", {})
+    for source in sorted(planned | trained):
+        for field, what in (("n_tokens", "tokens"), ("n_loss_tokens", "loss tokens")):
+            delivered = trained.get(source, {}).get(field, 0) + out.get(source, {}).get(field, 0)
+            yield (
+                f"{m.id}: {what} of {source} realised + left out = planned",
+                delivered,
+                planned.get(source, {}).get(field, 0),
+            )
 
 
 def _sums(m: Manifest, field: str) -> Iterator[tuple[str, Any, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from solo import gallery
+from solo import gallery, realised
 from solo.artifact import Artifact
 from solo.charts import grouped, lines
 from solo.data_pages import Inputs, Row
@@ -50,6 +50,7 @@ def train_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     yield "# Train: the stages"
     rows = list(train_rows(artifacts))
     yield table([{k: v for k, v in row.items() if k != "source"} for row in rows if row["source"] == "(all)"])
+    yield from realised.blocks(artifacts, inputs)
     yield from _left_out(artifacts)
     metrics = {a.manifest.name: _metrics(a) for a in artifacts}
     starts = dict(zip(metrics, np.cumsum([0, *(len(m) for m in metrics.values())]), strict=False))

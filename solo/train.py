@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, trained
+from solo import checkpoint, realised, trained
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.plan import Plan
 from solo.spec import ModelSpec, Stage, Tokens
@@ -356,6 +356,7 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
     """Compare what the ranks say they trained with the plan, pack by pack, and sum it up."""
     table = pq.read_table(job.out / "trained.parquet")
     trained.check(f"train/{job.name}", table, plan)
+    realised.check(f"train/{job.name}", job.out / "trained.parquet", job.one("pack").path / "plan.parquet")
     left_out = trained.left_out(table)
     metrics = [json.loads(line) for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
     facts = json.loads((job.out / "checkpoint" / "solo.json").read_bytes())

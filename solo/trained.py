@@ -92,13 +92,17 @@ def check(what: str, trained: pa.Table, plan: pa.Table) -> None:
             )
 
 
-def left_out(trained: pa.Table) -> dict[str, int]:
-    """Documents, and tokens of theirs, that were planned and could not be read."""
+def left_out(trained: pa.Table) -> dict[str, Any]:
+    """Documents, and tokens of theirs in all and by source, that were planned and could not be read."""
     rows = [r for rows in trained["left_out"].to_pylist() for r in rows]  # at most max_damaged for each rank
     return {
         "documents": len({(r["source"], r["key"], r["exposure"]) for r in rows}),
         "tokens": sum(r["n_tokens"] for r in rows),
         "loss_tokens": sum(r["n_loss_tokens"] for r in rows),
+        "sources": {
+            source: {k: sum(r[k] for r in rows if r["source"] == source) for k in ("n_tokens", "n_loss_tokens")}
+            for source in sorted({r["source"] for r in rows})
+        },
     }
 
 

@@ -4,13 +4,15 @@ The captions and questions are hostile: each tries to become a picture, a link, 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
 
-from solo import artifact, line
+from solo import artifact, line, trained
 from solo.artifact import Artifact, Job, Result
 from solo.sample import Message, text
 from solo.spec import ModelSpec, Tokens
@@ -80,13 +82,32 @@ def train(job: Job) -> Result:
     ]
     artifact.write_atomic(job.out / "metrics.jsonl", "".join(json.dumps(s) + "\n" for s in steps).encode())
     planned = job.one("pack").manifest.stats
+    plan = pq.read_table(job.one("pack").path / "plan.parquet").to_pylist()
+    pq.write_table(trained_rows(plan), job.out / "trained.parquet")
     names = ("n_tokens", "n_loss_tokens")
     stats = {k: planned[k] for k in ("n_packs", *names)} | {"n_steps": 7, "loss_first": 9.0, "loss_last": 3.0}
     sources = {s: {k: v[k] for k in names} | {"loss_last": 3.0} for s, v in planned["sources"].items()}
     stats |= {"tokens_per_s": 50.0, "ranks": 1, "n_parameters": 7, "sources": sources}
-    stats |= {"left_out": {"documents": 0, "tokens": 0, "loss_tokens": 0}}
+    stats |= {"left_out": {"documents": 0, "tokens": 0, "loss_tokens": 0, "sources": {}}}
     n = job.one("pack").manifest.counts["kept"]
     return Result(n, n, {"damaged": 0}, stats, volatile=("metrics.jsonl",))
+
+
+def trained_rows(plan: list[dict], missing: Sequence[dict] = ()) -> pa.Table:
+    """What a stage says of a plan that it trained without the rows `missing`."""
+    rows = []
+    for pack in sorted({p["pack"] for p in plan}):
+        own = [p for p in plan if p["pack"] == pack and p not in missing]
+        sums = {n: sum(p[n] for p in own) for n in ("n_tokens", "n_loss_tokens")}
+        sources = [
+            {"source": s, "loss": 1.0}
+            | {n: sum(p[n] for p in own if p["source"] == s) for n in ("n_tokens", "n_loss_tokens")}
+            for s in sorted({p["source"] for p in own})
+        ]
+        out = [{f.name: p[f.name] for f in trained.LEFT_OUT} for p in missing if p["pack"] == pack]
+        row = {"pack": pack, "step": 1, "loss": 1.0, "n_documents": len(own), "sources": sources, "left_out": out}
+        rows.append(row | sums)
+    return pa.Table.from_pylist(rows, trained.ROW)
 
 
 def save_model(job: Job, shape: dict[str, object]) -> None:

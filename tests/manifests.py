@@ -60,7 +60,7 @@ def line() -> list[Manifest]:
         per_source = {s: {"n_tokens": v["n_tokens"], "n_loss_tokens": 80, "loss_last": 2.0} for s, v in own.items()}
         trained = {"n_packs": 4, "n_steps": 2, "loss_first": 5.0, "loss_last": 3.0, "tokens_per_s": 9.0}
         trained |= {"n_tokens": 500, "n_loss_tokens": 160, "ranks": 1, "n_parameters": 7, "sources": per_source}
-        trained |= {"left_out": {"documents": 0, "tokens": 0, "loss_tokens": 0}}
+        trained |= {"left_out": {"documents": 0, "tokens": 0, "loss_tokens": 0, "sources": {}}}
         found += [c, p, manifest("train", stage, (16, 16, {"damaged": 0}), inputs=[p, *shards, *before], stats=trained)]
     last = found[-1]
     scored = {"score": 0.5, "chance": 0.1, "blind": 0.125, "n_questions": 8, "by_category": {}}

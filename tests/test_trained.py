@@ -72,7 +72,8 @@ def test_documents_left_out_are_counted_and_the_token_average_is_of_the_others(
     done = train.run(job)
     assert (done.n_in, done.n_kept, done.dropped) == (len(plan), len(plan) - 3, {"damaged": 3})
     out = {"documents": 3, "tokens": 3 * lost["n_tokens"], "loss_tokens": 3 * lost["n_loss_tokens"]}
-    assert done.stats["left_out"] == out
+    lost_of_source = {name: out[name.removeprefix("n_")] for name in ("n_tokens", "n_loss_tokens")}
+    assert done.stats["left_out"] == out | {"sources": {"prose": lost_of_source}}
     for name in ("n_tokens", "n_loss_tokens"):
         assert done.stats[name] + out[name.removeprefix("n_")] == sum(r[name] for r in plan)
     page = "".join(run_pages.train_page([Artifact(job.out, replace(job.one("pack").manifest, stats=done.stats))], {}))
