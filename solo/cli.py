@@ -336,6 +336,22 @@ def diff_mix(
         typer.echo(text)
 
 
+@app.command()
+def card(
+    mix: Annotated[str, typer.Argument(help="`mix` or `mix@fingerprint`.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path(),
+) -> None:
+    """Write a mix lock's card: Croissant JSON-LD and a datasheet."""
+    from solo import croissant, locks
+
+    settings = Settings.from_env()
+    lock = locks.one(settings.root, mix)
+    names = [s["source"] for s in lock.manifest.spec["mix"]["sources"]]
+    origins = {name: croissant.Origin.of(load(SourceSpec, name, settings.specs)) for name in names}
+    for path in croissant.write(out_folder.resolve(), lock, origins):
+        typer.echo(f"wrote {path}")
+
+
 def _module(*arguments: str) -> list[str]:
     """The command of flows/server.py, which holds all that knows Prefect."""
     return [sys.executable, "-m", "flows.server", *arguments]

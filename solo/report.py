@@ -1,8 +1,9 @@
 """The part `report`: one summary of a recipe from its manifests, and whether every count closes.
 
 In: manifests of all nodes. Out: `report.json` (everything), `report.md` (no times, so the same bytes for the same
-data), `report.html` (self-contained). Invariant: `closes` is computed from equations that are listed one by one, never
-asserted. Cost: `summarise` reads no data; the pages inside report.html read what the UI's pages read.
+data), `report.html` (self-contained), and in `mixes/` the card of each mix (solo/croissant.py). Invariant: `closes` is
+computed from equations that are listed one by one, never asserted. Cost: `summarise` reads no data; the pages inside
+report.html read what the UI's pages read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from solo import pages
+from solo import croissant, pages
 from solo.artifact import Job, Manifest, Result, canonical, write_atomic
 from solo.counts import TEXT_COUNTS
 from solo.line import PARTS
@@ -20,7 +21,7 @@ from solo.markdown import BAR, Markup, bar, escape, table
 from solo.report_html import html
 from solo.shard import FORM_COUNTS
 
-VERSION = 1
+VERSION = 2  # 2: the cards of the mixes
 
 Row = dict[str, Any]
 
@@ -38,14 +39,18 @@ def run(job: Job) -> Result:
     page = f"{markdown(summary)}\n## Equations\n\n{equations_table(summary)}\n"
     write_atomic(job.out / "report.md", page.encode())
     write_atomic(job.out / "report.html", html(summary, markdown(summary, times=True), sections).encode())
+    licences, acquired = job.spec.get("licences", {}), job.of("acquire")
+    origins = {n: croissant.Origin(licences.get(n), revision=a.manifest.spec["revision"]) for n, a in acquired.items()}
+    for lock in job.of("curate").values():
+        croissant.write(job.out / "mixes", lock, origins)
     failed = [c["name"] for c in summary["checks"] if not c["ok"]]
     job.progress(
         f"report: {len(summary['checks'])} equations checked, {len(failed)} do not hold {failed or ''}".rstrip()
     )
     stats = {"closes": summary["closes"], "n_checks": len(summary["checks"]), "n_failed": len(failed)}
     stats |= {"scores": summary["scores"], "digest": summary["digest"]}
-    # The page of the last part shows seconds and rates too, and report.json holds seconds.
-    return Result(len(manifests), len(manifests), {}, stats, volatile=("report.json", "report.html"))
+    # The page of the last part shows seconds and rates too, and report.json holds seconds, a card its date.
+    return Result(len(manifests), len(manifests), {}, stats, volatile=("report.json", "report.html", "mixes/*.json"))
 
 
 def summarise(manifests: Sequence[Manifest], *, spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
