@@ -352,6 +352,14 @@ def card(
         typer.echo(f"wrote {path}")
 
 
+@bench.command("curate")
+def bench_curate(as_json: Json = False) -> None:
+    """Rows per second and core of curate, against polars or pandas ($SOLO_FRAME_PYTHON has one) on the same files."""
+    from solo import bench_curate as measured
+
+    _figures(measured.run(), as_json)
+
+
 def _module(*arguments: str) -> list[str]:
     """The command of flows/server.py, which holds all that knows Prefect."""
     return [sys.executable, "-m", "flows.server", *arguments]

@@ -118,8 +118,9 @@ def json_ld(lock: Artifact, origins: Mapping[str, Origin], folder: Path) -> Row:
         "conformsTo": CONFORMS_TO,
         "name": m.name,
         "description": (
-            f"{mix['title'].rstrip('.')}. Exact membership of a training mix: {stats['n_samples']} samples, {stats['n_exposures']} "
-            f"exposures, {stats['n_tokens']} tokens ({stats['n_loss_tokens']} with loss), seed {mix['seed']}."
+            f"{mix['title'].rstrip('.')}. Exact membership of a training mix: {stats['n_samples']} samples, "
+            f"{stats['n_exposures']} exposures, {stats['n_tokens']} tokens "
+            f"({stats['n_loss_tokens']} with loss), seed {mix['seed']}."
         ),
         "version": f"1.0.0+{m.fingerprint}",
         "license": licences,
