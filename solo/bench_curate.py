@@ -189,8 +189,8 @@ def _main(root: str, threads: str, cap: str) -> None:
     if int(cap):
         connect = duckdb.connect
 
-        def capped(*args: Any, config: dict[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
-            return connect(*args, config=(config or {}) | {"memory_limit": f"{cap}B"})
+        def capped(config: dict[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
+            return connect(config=(config or {}) | {"memory_limit": f"{cap}B"})
 
         duckdb.connect = capped  # type: ignore[assignment]
     sys.stdout.write(json.dumps(measured(Path(root), int(threads))))
