@@ -29,7 +29,8 @@ from solo.passes import FETCH
 from solo.plugin import resolve
 from solo.raw import OUTCOMES, SCHEMA, RawTars, Spool, write_sorted
 from solo.sample import Rejected, Sample, make_key
-from solo.spec import Acquire, SpecError
+from solo.shards import check_protocol
+from solo.spec import UNPINNED, Acquire, SpecError
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,7 @@ def _result(job: Job, told: dict[str, Any]) -> Result:
 def _locate(job: Job, source: str, location: str) -> Path:
     """The location on this machine; an fsspec URL is copied into the scratch first, whole."""
     if re.match(r"[a-z0-9+.-]+://", location):
+        check_protocol(location)
         target, aside = job.work / "upstream", job.work / "upstream.tmp"
         if not target.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -180,6 +182,11 @@ def _locate(job: Job, source: str, location: str) -> Path:
 
 def check_revision(source: str, location: Path, revision: str) -> None:
     """Refuse data that is not the pinned data; a commit hash cannot be checked from bytes and is only logged."""
+    if revision == UNPINNED:
+        raise ValueError(
+            f"{source}: revision is unpinned, so a model could not say what it was trained on; "
+            f"put the line of `solo revision {location}` into sources/{source}.yaml"
+        )
     if not revision.startswith("sha256:"):
         log.info("%s: revision %s is a commit; its bytes are taken as they are", source, revision)
         return

@@ -9,16 +9,22 @@ The number of the sliding window is kept, and SOLO counts it one token wider tha
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from solo import weights
 from solo.config import SoloConfig
 from solo.model import SoloForCausalLM
+from solo.processor import TOKENIZER_FILES, SoloProcessor
+from solo.spec import ModelSpec
+from solo.tokenizer import N_OWN_IDS
 
 MODEL_TYPES = ("mistral", "llama", "qwen2", "qwen3")
 SAME = (
@@ -33,7 +39,6 @@ SAME = (
     "eos_token_id",
     "tie_word_embeddings",
 )
-N_SOLO_IDS = 5 + 1024  # the image marks and <loc_1> ... <loc_1024>, as SOLO-7B's vocabulary has them
 MEAN_NOISE = 0.01  # of the drawn deviation: new rows near the mean, but no two alike
 NewRows = Literal["normal", "mean"]
 
@@ -74,6 +79,51 @@ def convert(
     return model
 
 
+def write(
+    folder: Path, out: Path, *, gguf_file: str | None = None, bos: str | None = None, **how: Any
+) -> dict[str, Any]:
+    """Convert, and save a folder to train from or to talk to; returns the `tokens` and `model` blocks of its recipe.
+
+    `bos`: the token that begins a document, where the text model has none (Qwen: "<|endoftext|>").
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty; give a new folder")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; fetch the text model there")
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    model = convert(folder, gguf_file=gguf_file, **how)
+    model.save_pretrained(out)
+    _save_tokenizer(folder, out, gguf_file, bos)
+    processor = SoloProcessor.from_pretrained(out)
+    processor.save_pretrained(out)
+    vocabulary = processor.tokenizer.vocabulary
+    tokens = processor.tokenizer.tokens.model_dump(mode="json", exclude_none=True)
+    config = model.config.to_dict() | {"init": str(out.resolve()), "init_std": model.config.initializer_range}
+    rope = dict(config["rope_parameters"])
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if rope["rope_type"] != "default" else None}
+    fields = ModelSpec.model_validate({k: config[k] for k in ModelSpec.model_fields if k in config})
+    assert vocabulary.size == model.config.vocab_size, (vocabulary, model.config.vocab_size)
+    return {
+        "tokens": tokens | {"tokenizer": str((out / processor.tokenizer.file_name).resolve())},
+        "model": fields.model_dump(mode="json", exclude_defaults=True),
+    }
+
+
+def _save_tokenizer(folder: Path, out: Path, gguf_file: str | None, bos: str | None) -> None:
+    """The text model's tokenizer file beside the weights, and what says which tokens begin and end a text."""
+    if gguf_file:
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(out)
+    for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
+        if not gguf_file and (folder / name).is_file():
+            shutil.copy(folder / name, out / name)
+    if (out / "tokenizer.json").is_file() and (out / "tokenizer.model").is_file():
+        (out / "tokenizer.json").unlink()  # made from the other, which SOLO's own code reads faster
+    if bos is not None:
+        beside = out / "tokenizer_config.json"
+        known = json.loads(beside.read_bytes()) if beside.is_file() else {}
+        beside.write_text(json.dumps(known | {"bos_token": bos}, indent=2) + "\n")
+
+
 def solo_config(text: PretrainedConfig, name: str) -> SoloConfig:
     """The SOLO shape of a text model's config; what SOLO's decoder does not compute is an error that names it."""
     if text.model_type not in MODEL_TYPES:
@@ -95,7 +145,7 @@ def solo_config(text: PretrainedConfig, name: str) -> SoloConfig:
         window = None
     return SoloConfig(
         **{field: getattr(text, field) for field in SAME},
-        vocab_size=text.vocab_size + N_SOLO_IDS,
+        vocab_size=text.vocab_size + N_OWN_IDS,
         n_text_ids=text.vocab_size,
         head_dim=getattr(text, "head_dim", None),
         qkv_bias=text.model_type == "qwen2",

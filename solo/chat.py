@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from transformers.generation.streamers import BaseStreamer
@@ -51,7 +52,7 @@ class Chat:
             self.processor = processors.from_pretrained(folder)
             model: Any = AutoModelForCausalLM.from_pretrained(folder)
             self.model = model.to(self.device).eval()
-        except (OSError, RuntimeError) as error:  # what transformers and torch say takes many lines
+        except (OSError, RuntimeError, SafetensorError) as error:  # what these libraries say takes many lines
             raise ValueError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
         self.max_new_tokens, self.template = max_new_tokens, template
         self.messages: list[dict[str, Any]] = []
@@ -81,7 +82,7 @@ class Chat:
                 f"chat: the talk has {n} tokens and the model {n_positions} positions; ask less, or begin anew"
             )
         self.messages, self.pictures = asked, []
-        printer = _Printer(self.processor.tokenizer, show)
+        printer = Printer(self.processor.tokenizer, show)
         try:
             self.model.generate(
                 **inputs.to(self.device),
@@ -95,7 +96,7 @@ class Chat:
         return printer.text
 
 
-class _Printer(BaseStreamer):
+class Printer(BaseStreamer):
     """Hands on the text of an answer while it grows, whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer, show: Callable[[str], object]) -> None:

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import closing, line, runs
+from solo import closing, estimate, estimate_text, line, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
-from solo.spec import Template
+from solo.spec import SourceSpec, Template, load
 
 app = typer.Typer(
     help="Train single-transformer vision-language models from a data recipe.",
@@ -48,18 +48,29 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     settings = Settings.from_env()
     _check_parts(force=force)
     planned = line.plan(line.select(line.nodes(recipe, settings.specs, settings.root), until), settings, force or ())
+    packed = {p.name: p.last for p in planned if p.part == "pack" and p.last}
+    stages = estimate.of_recipe(recipe, settings.specs, packed)
+    unpinned = estimate.unpinned(recipe, settings.specs)
     if as_json:
-        typer.echo(json.dumps(runs.plan_json(recipe, planned)))
+        more = estimate_text.as_json(stages) | {"unpinned": unpinned}
+        typer.echo(json.dumps(runs.plan_json(recipe, planned) | more))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("part", "name", "action"):
         table.add_column(name, no_wrap=True, overflow="fold")
     table.add_column("because", ratio=1)
-    for before, p in zip([None, *planned], planned, strict=False):
-        part = "" if before and before.part == p.part else p.part
-        table.add_row(part, p.name, f"[{COLOURS[p.action]}]{p.action}[/]", Text(p.because))
+    shown = ""
+    for part, name, action, because in runs.plan_rows(planned):
+        table.add_row("" if part == shown else part, name, f"[{COLOURS[action]}]{action}[/]", Text(because))
+        shown = part
     out.print(table)
-    out.print(runs.plan_sentence(planned), soft_wrap=True)
+    _say(runs.plan_sentence(planned))
+    if any(stage.basis != "unknown" for stage in stages):
+        _say("")
+        for text in estimate_text.lines(stages):
+            _say(text)
+    for text in estimate_text.sentences(stages, unpinned):
+        _say(f"- {text}")
 
 
 @app.command()
@@ -178,6 +189,18 @@ def bench_pack(as_json: Json = False) -> None:
     _figures(measured.run(), as_json)
 
 
+@bench.command("filter")
+def bench_filter(
+    as_json: Json = False,
+    hashes: Annotated[int, typer.Option(help="Rows of the search for near images.", min=1000)] = 10_000_000,
+    texts: Annotated[int, typer.Option(help="Rows of the search for near texts.", min=1000)] = 1_000_000,
+) -> None:
+    """Signals per second and core, and near duplicates among made hashes with planted pairs, as rows grow."""
+    from solo import bench_filter as measured
+
+    _figures(measured.run(n_hashes=hashes, n_texts=texts), as_json)
+
+
 @app.command()
 def up() -> None:
     """Start this checkout's Prefect server, its worker and the deployments (loopback only)."""
@@ -188,6 +211,36 @@ def up() -> None:
 def down() -> None:
     """Stop what `solo up` started, by pid."""
     raise typer.Exit(follow(_module("down"), CHECKOUT))
+
+
+@app.command()
+def sources(
+    name: Annotated[str | None, typer.Argument(help="A source to tell all about.")] = None, as_json: Json = False
+) -> None:
+    """List the sources: licence, pin, size, and the counts expected and made; or tell one in full."""
+    from solo import sources as known
+
+    settings = Settings.from_env()
+    if name is not None:
+        spec = load(SourceSpec, name, settings.specs)
+        lines = [json.dumps(spec.model_dump(mode="json"))] if as_json else known.told(spec)
+    else:
+        rows = known.listed(settings.specs, settings.root)
+        lines = [json.dumps(rows)] if as_json else known.lines(rows)
+    for text in lines:
+        typer.echo(text)
+
+
+@app.command()
+def check(source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/.")]) -> None:
+    """Probe a local copy of a source: the first mismatch by file and field, and what to do about it."""
+    from solo import sources as known
+
+    settings = Settings.from_env()
+    found = known.check(load(SourceSpec, source, settings.specs), settings.specs)
+    typer.echo(f"{source}: {found.good} of the first {found.good + found.statuses.total()} records are as expected")
+    for status, item in found.first.items():
+        typer.echo(f"  {status} {found.statuses[status]}, the first is {item.identity}: {item.error}")
 
 
 @bench.command("acquire")
@@ -217,6 +270,25 @@ def _figures(found: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(found))
         return
     out.print_json(json.dumps({k: v for k, v in found.items() if k != "machine"}))
+
+
+@app.command()
+def backbone(  # noqa: PLR0913, PLR0917 (a command's options)
+    folder: Annotated[Path, typer.Argument(help="A Mistral, Llama, SmolLM2, Qwen2 or Qwen3 checkpoint.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Where the SOLO to train is written.")],
+    gguf: Annotated[str | None, typer.Option(help="Name of a GGUF file in the folder.")] = None,
+    new_rows: Annotated[str, typer.Option(help="How SOLO's new ids begin: normal or mean.")] = "normal",
+    bos: Annotated[str | None, typer.Option(help="Token that begins a document, where the model has none.")] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")] = False,
+    seed: int = 0,
+) -> None:
+    """Turn a published text model into a SOLO to train, and print the blocks that its recipe needs."""
+    import yaml
+
+    from solo.backbone import write
+
+    how: dict[str, Any] = {"gguf_file": gguf, "bos": bos, "new_rows": new_rows, "untie": untie, "seed": seed}
+    typer.echo(yaml.safe_dump(write(folder, out_folder, **how), sort_keys=False).rstrip())
 
 
 def _module(*arguments: str) -> list[str]:

@@ -116,7 +116,10 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
         version = _module("acquire").VERSION
         add("acquire", s.name, passes.identity(root, version, identity) if root else identity)
     for s in sources:
-        measured = {"filter": s.filter.model_dump(mode="json"), "signals": measure.versions(s.filter.signals)}
+        measured = {
+            "filter": s.filter.model_dump(mode="json"),
+            "signals": measure.versions(s.filter.signals, s.filter.arguments),
+        }
         add("filter", s.name, measured, [f"acquire/{s.name}"])
     for s in sources:
         shard = {"shard": s.shard.model_dump(mode="json"), "tokens": tokens}
@@ -125,7 +128,7 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
         add(
             "curate",
             mix.name,
-            {"mix": mix.model_dump(mode="json")},
+            {"mix": mix.model_dump(mode="json")} | _compared(mix, specs),
             [f"shard/{s.source}" for s in mix.sources],
         )
     for stage, mix in zip(recipe.stages, mixes, strict=True):
@@ -149,6 +152,13 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
     summary = {"recipe": recipe.name, "title": recipe.title, "licences": licences}
     add("report", recipe.name, summary, [n.id for n in line])
     return line
+
+
+def _compared(mix: MixSpec, specs: Path) -> dict[str, Any]:
+    """What a mix compares itself with: of each benchmark that it names, where its items are and nothing else."""
+    named = [load(BenchmarkSpec, name, specs) for name in mix.decontaminate]
+    fields = {b.name: b.model_dump(mode="json", include={"revision", "location", "adapter", "args"}) for b in named}
+    return {"benchmarks": fields} if fields else {}
 
 
 def _untitled(spec: MixSpec | BenchmarkSpec) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from solo.patches import ImageError, grid, image_size, patchify
 from solo.plan import Plan
+from solo.raster import BYTES, Raster, Recycled, Room
 from solo.sample import Sample, parse_sample
 from solo.shards import Shards
 from solo.spec import Decode, Template, Tokens
@@ -50,7 +51,7 @@ class Piece:
     ids: np.ndarray  # (n,) int32
     is_target: np.ndarray  # (n,) bool; never at 0: nothing in the piece predicts its first token
     patch_index: np.ndarray  # (n,) int32, -1 or a row of `patches`
-    patches: np.ndarray  # (n_patches, 3 * patch_px**2) uint8
+    patches: np.ndarray  # (n_patches, 3 * patch_px**2) uint8; inside `PackLoader` also a Room
 
     @property
     def n_loss_tokens(self) -> int:
@@ -76,7 +77,7 @@ class Pack:
     input_ids: Tensor  # (n,) int64; padding is EOS
     position_ids: Tensor  # (n,) int64, from 0 in each document
     document_ids: Tensor  # (n,) int32, 0, 1, ... in order, -1 in padding
-    patches: Tensor  # (n_patches, 3 * patch_px**2) uint8
+    patches: Tensor | Raster  # (n_patches, 3 * patch_px**2) uint8; a Raster is cut where it is indexed
     patch_index: Tensor  # (n,) int64, -1 or a row of `patches`
     targets: Tensor  # (n,) int64: the id to predict AT this position (already shifted), -100 = none
     segments: list[tuple[str, str, int, int]]  # (source, key, first, last): tokens first <= i < last are its own
@@ -106,7 +107,7 @@ def read_piece(  # noqa: PLR0913, the last two only say where and how
     begin: int = 0,
     end: int | None = None,
     decode: Decode = "exact",
-    out: np.ndarray | None = None,
+    out: np.ndarray | Room | None = None,
 ) -> Piece:
     """A sample's tokens [begin, end) with its patches; a range that cuts a document with images is an error.
 
@@ -133,7 +134,7 @@ def read_piece(  # noqa: PLR0913, the last two only say where and how
         document.ids[begin:end],
         is_target,
         document.patch_index[begin:end],
-        out,
+        cast(np.ndarray, out),
     )
 
 
@@ -143,7 +144,7 @@ def assemble(
     index: int,
     pack_tokens: int,
     padding: int = SOLO.eos,
-    patches: np.ndarray | None = None,
+    patches: np.ndarray | Room | None = None,
 ) -> Pack:
     """Pieces end to end in one pack, padded to `pack_tokens` with the vocabulary's EOS.
 
@@ -178,7 +179,7 @@ def assemble(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         document_ids=torch.from_numpy(document_ids),
-        patches=torch.from_numpy(patches),
+        patches=patches.raster() if isinstance(patches, Room) else torch.from_numpy(patches),
         patch_index=torch.from_numpy(patch_index),
         targets=torch.from_numpy(targets),
         segments=segments,
@@ -228,6 +229,7 @@ class PackLoader:
         self.tokenizer = Tokenizer(tokens)
         self.plan = Plan(plan_dir)
         self.n_left_out = 0
+        self._memory = Recycled(pack_tokens * BYTES * tokens.patch_px**2)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -242,7 +244,7 @@ class PackLoader:
         """Pack i, whatever was loaded before."""
         rows = self.rows(i)
         ends = np.cumsum([row["n_patches"] for row in rows]).tolist()
-        patches = np.empty((ends[-1], 3 * self.tokenizer.tokens.patch_px**2), np.uint8)
+        patches = self._room(ends[-1])
         pieces, left_out = [], []
         for row, end in zip(rows, ends, strict=True):
             try:
@@ -283,7 +285,14 @@ class PackLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _piece(self, row: dict[str, Any], out: np.ndarray) -> Piece:
+    def _room(self, n_patches: int) -> np.ndarray | Room:
+        """Memory for a pack's patches: cut here on the exact path, on the model's device on the fast one."""
+        px = self.tokenizer.tokens.patch_px
+        if self.decode == "exact":
+            return self._memory.take((n_patches, 3 * px**2))
+        return Room.of(self._memory.take((n_patches * px, BYTES * px)), px)
+
+    def _piece(self, row: dict[str, Any], out: np.ndarray | Room) -> Piece:
         key, data = row["key"], None
         try:
             data = self.shards.read(row["source"], row["shard"], row["offset"], row["length"])
@@ -338,7 +347,7 @@ class PackLoader:
             raise DamagedSampleError(f"{error} (damaged document {n}, max_damaged is {self.max_damaged})") from error
         log.warning("left out, %d of at most %d: %s", n, self.max_damaged, error)
 
-    def _assemble(self, pieces: Sequence[Piece], i: int, patches: np.ndarray | None = None) -> Pack:
+    def _assemble(self, pieces: Sequence[Piece], i: int, patches: np.ndarray | Room | None = None) -> Pack:
         padding = self.tokenizer.vocabulary.eos
         return assemble(pieces, index=i, pack_tokens=self.pack_tokens, padding=padding, patches=patches)
 

@@ -29,6 +29,7 @@ from solo.decoder import Decoder, Head
 from solo.loader import NO_TARGET, Pack
 from solo.processor import SoloProcessor
 from solo.spec import ModelSpec, Tokens
+from solo.tokenizer import Tokenizer
 
 
 class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -63,7 +64,9 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         shape["rope_parameters"] = (
             {"rope_type": "default"} | (spec.rope_scaling or {}) | {"rope_theta": spec.rope_theta}
         )
+        vocabulary = Tokenizer(tokens).vocabulary
         shape |= {"patch_px": tokens.patch_px, "max_side_px": tokens.max_side_px}
+        shape |= {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
         model = cls.drawn(SoloConfig(**shape, initializer_range=spec.init_std), seed)
         if spec.init != "random":
             weights.copy(dict(model.named_parameters()), Path(spec.init))

@@ -14,9 +14,11 @@ from typing import Any
 
 from solo import pages
 from solo.artifact import Job, Manifest, Result, canonical, write_atomic
+from solo.counts import TEXT_COUNTS
 from solo.line import PARTS
 from solo.markdown import BAR, Markup, bar, escape, table
 from solo.report_html import html
+from solo.shard import FORM_COUNTS
 
 VERSION = 1
 
@@ -98,7 +100,7 @@ def equations(line: Sequence[Manifest]) -> Iterator[tuple[str, Any, Any]]:
         if m.inputs:
             found = sum(i in by_id and by_id[i].digest == digest for i, digest in m.inputs.items())
             yield f"{m.id}: inputs = artifacts of this report with that content", len(m.inputs), found
-        readers = {"filter": _reads_one, "shard": _reads_one, "curate": _curate, "pack": _pack, "train": _train}
+        readers = {"filter": _reads_one, "shard": _shard, "curate": _curate, "pack": _pack, "train": _train}
         inputs = [by_id[i] for i in m.inputs if i in by_id]
         yield from readers[m.part](m, inputs) if m.part in readers else ()
         if m.part == "evaluate":
@@ -112,6 +114,19 @@ def _reads_one(m: Manifest, inputs: Sequence[Manifest]) -> Iterator[tuple[str, A
     for i in inputs:
         if i.part == before:
             yield f"{m.id}: in = kept by {i.id}", m.counts["in"], i.counts["kept"]
+
+
+def _shard(m: Manifest, inputs: Sequence[Manifest]) -> Iterator[tuple[str, Any, Any]]:
+    yield from _reads_one(m, inputs)
+    yield (
+        f"{m.id}: tokens = text tokens + patches",
+        m.stats["n_tokens"],
+        m.stats["n_text_tokens"] + m.stats["n_patches"],
+    )
+    by_role = sum(m.stats[name] for name in TEXT_COUNTS)
+    yield f"{m.id}: text tokens = system + user + assistant + markup", m.stats["n_text_tokens"], by_role
+    by_form = sum(m.stats[name] for name in FORM_COUNTS)
+    yield f"{m.id}: images = as they came + without metadata + as JPEG + as PNG", m.stats["n_images"], by_form
 
 
 def _curate(m: Manifest, inputs: Sequence[Manifest]) -> Iterator[tuple[str, Any, Any]]:

@@ -161,17 +161,27 @@ def read_sample(path: Path, offset: int, length: int) -> Sample:
     return parse_sample(data)
 
 
+def read_messages(tar: BinaryIO, offset: int) -> tuple[Message, ...]:
+    """The messages of the sample at a ledger's offset; its images are not read."""
+    tar.seek(offset)
+    name, data = next(_members(tar))
+    if not name.endswith(".json"):
+        raise ValueError(f"tar member {name!r} at {offset} is not a sample's JSON; make the tar again")
+    return tuple(json.loads(data)["messages"])
+
+
 def _members(tar: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of each member, as `_member` writes them; many times as fast as tarfile, and stricter."""
     while header := tar.read(BLOCK_BYTES):
         if not any(header):
             return  # the zero blocks that end a tar
         name, size = _header(header)
-        padded = size + -size % BLOCK_BYTES
-        data = tar.read(padded)
-        if len(data) != padded:
-            raise ValueError(f"tar member {name!r} ends {padded - len(data)} bytes early; make the tar again")
-        yield name, data[:size]
+        padding = -size % BLOCK_BYTES
+        data, rest = tar.read(size), tar.read(padding)  # apart: a picture cut from its padding would be copied
+        if len(data) + len(rest) != size + padding:
+            early = size + padding - len(data) - len(rest)
+            raise ValueError(f"tar member {name!r} ends {early} bytes early; make the tar again")
+        yield name, data
 
 
 def _header(header: bytes) -> tuple[str, int]:

@@ -3,8 +3,10 @@
 In: raw tars and outcomes of `acquire`, verdicts and signals of `filter`, a `Shard` and a `Tokens` spec. Out:
 `shards/NNNNN.tar`, `.parquet` (ledger rows), `.json` (counts; written last, so a shard counts when it is there) and
 `dropped.parquet`. Invariants: samples lie in the order (raw shard, key), every tar but the last holds
-samples_per_shard; a row's (offset, length) is one whole sample; its counts are those of `tokens.tokenize`; image
-bytes stay as they came. Cost: two reads of the kept bytes, one tokenisation; images are not decoded.
+samples_per_shard; a row's (offset, length) is one whole sample; its counts are those of `tokens.tokenize`; image bytes
+stay as they came but for their metadata (`solo.exif`), or are those of `solo.regrid` where the source asks for its
+pictures at their grid; a row says which. Cost: two reads of the kept bytes, one tokenisation; images are decoded for
+`grid_pictures` alone.
 
 Dropping comes before cutting, hence two passes: `count` over raw shards, `write` over output shards.
 """
@@ -16,27 +18,37 @@ import io
 import json
 import logging
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from solo import pool
+from solo import exif, pool
 from solo.artifact import Job, Result, write_atomic
 from solo.counts import COUNTED, COUNTS, REASONS, CountUnit, Rules, count
 from solo.filter import connect
 from solo.measure import write_table
-from solo.sample import end_tar, read_sample, write_sample
+from solo.regrid import FORMS, Stored, regrid
+from solo.sample import Sample, end_tar, read_sample, write_sample
 from solo.spec import Shard, Spec, SpecError, Tokens
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 3  # 3: pictures that stay as served lose their metadata; the ledger carries what curate compares
 
-CARRIED = ("image_sha256", "phash", "width_px", "height_px", "n_chars", "language", "meta_label", "meta_category")
+# Signals that curate may ask for; those of pictures tell of them as they came.
+CARRIED = (
+    *("image_sha256", "phash", "colours", "text_sha256", "minhash"),
+    *("width_px", "height_px", "n_chars", "language", "meta_label", "meta_category"),
+)
+
+FORM_COUNTS = tuple(f"n_images_{form}" for form in FORMS)
+IMAGE_BYTES = ("image_bytes_in", "image_bytes")
 
 PLACE = pa.schema(
     [
@@ -48,6 +60,9 @@ PLACE = pa.schema(
         *((name, pa.int32()) for name in COUNTS),
         ("template", pa.string()),
         ("sha256", pa.string()),  # of the sample's bytes in the tar
+        *((name, pa.int32()) for name in FORM_COUNTS),
+        *((name, pa.int64()) for name in IMAGE_BYTES),  # encoded, as acquired and as stored
+        ("psnr_db", pa.float64()),  # the lowest of its JPEGs made here against the exact pixels; NULL without one
     ]
 )
 
@@ -65,6 +80,9 @@ FROM read_parquet($kept) AS kept
 JOIN read_parquet($counted) AS counted USING (key)
 WHERE counted.reason IS NULL
 ORDER BY kept.raw_shard, key
+"""
+PSNR = """
+SELECT round(min(psnr_db), 2) AS lowest, round(median(psnr_db), 2) AS median FROM read_parquet($ledgers)
 """
 DROPPED = """
 SELECT key, reason, error FROM read_parquet($counted) WHERE reason IS NOT NULL ORDER BY key
@@ -87,7 +105,7 @@ class WriteUnit:
 def run(job: Job) -> Result:
     """Make one source's shards and ledger."""
     spec = _parse(Shard, job, "shard")
-    rules = Rules(spec.template, _parse(Tokens, job, "tokens"))
+    rules = Rules(spec.template, _parse(Tokens, job, "tokens"), spec.grid_pictures)
     if rules.tokens.max_side_px % rules.tokens.patch_px:
         raise SpecError(
             f"tokens: max_side_px {rules.tokens.max_side_px} is not a multiple of patch_px {rules.tokens.patch_px}"
@@ -108,6 +126,8 @@ def run(job: Job) -> Result:
     for done in pool.each(write, units, job.workers):
         job.progress(f"shard/{job.name}: {done['shard'] + 1} of {n_shards}: {done['n_samples']} samples")
     stats = total(job.out / "shards", n_shards)
+    with connect(job) as con:
+        stats["psnr_db"] = psnr(con, job.out / "shards")
     return Result(n_in, stats["n_samples"], dropped, stats)
 
 
@@ -184,20 +204,21 @@ def write(unit: WriteUnit) -> dict[str, Any]:
     n_bytes = aside.stat().st_size
     aside.replace(unit.out / f"{name}.tar")
     write_table(unit.out / f"{name}.parquet", ledger)
-    sums = {column: sum(counts[column].to_pylist()) for column in COUNTS}
+    sums = {column: sum(ledger[column].to_pylist()) for column in (*COUNTS, *FORM_COUNTS, *IMAGE_BYTES)}
     done = {"shard": unit.index, "n_samples": len(places), **sums, "bytes": n_bytes, "sha256": tar_sha256}
     write_atomic(unit.out / f"{name}.json", json.dumps(done, indent=1).encode())
     return done
 
 
 def write_tar(path: Path, unit: WriteUnit, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Copy samples from raw/ to one tar; returns where each lies, and the tar's SHA-256."""
+    """Samples from raw/ in one tar; returns where each lies and what its pictures became, and the tar's SHA-256."""
     places, offset, whole = [], 0, hashlib.sha256()
     with path.open("wb") as tar:
         for row in rows:
             raw = unit.raw / f"{row['raw_shard']:05d}.tar"
             buffer = io.BytesIO()
-            length = write_sample(buffer, read_sample(raw, row["offset"], row["length"]))
+            sample, pictures = with_pictures(read_sample(raw, row["offset"], row["length"]), unit.rules)
+            length = write_sample(buffer, sample)
             data = buffer.getvalue()
             tar.write(data)
             whole.update(data)
@@ -210,6 +231,7 @@ def write_tar(path: Path, unit: WriteUnit, rows: list[dict[str, Any]]) -> tuple[
                     "length": length,
                     "template": unit.rules.template,
                     "sha256": hashlib.sha256(data).hexdigest(),
+                    **pictures,
                 }
             )
             offset += length
@@ -222,7 +244,34 @@ def write_tar(path: Path, unit: WriteUnit, rows: list[dict[str, Any]]) -> tuple[
     return places, whole.hexdigest()
 
 
+def with_pictures(sample: Sample, rules: Rules) -> tuple[Sample, dict[str, Any]]:
+    """The sample as it is stored, and its ledger's columns about pictures."""
+    spec, tokens = rules.grid_pictures, rules.tokens
+    try:
+        stored = [regrid(data, tokens, spec) if spec else _bare(data) for data in sample.images]
+    except ValueError as error:
+        raise ValueError(f"{sample.key}: {error}; its filter said that it decodes, run filter again") from error
+    forms = Counter(one.form for one in stored)
+    row: dict[str, Any] = {f"n_images_{form}": forms[form] for form in FORMS}
+    row |= {"image_bytes_in": sum(map(len, sample.images)), "image_bytes": sum(len(one.data) for one in stored)}
+    row["psnr_db"] = min((one.psnr_db for one in stored if one.psnr_db is not None), default=None)
+    return replace(sample, images=tuple(one.data for one in stored)), row
+
+
+def _bare(data: bytes) -> Stored:
+    """A picture as served but for its metadata: where and by whom it was taken is nobody's business here."""
+    bare = exif.strip(data)
+    return Stored(bare, "as_came" if bare == data else "bare", None)
+
+
 def total(shards: Path, n_shards: int) -> dict[str, Any]:
     """Sums over the shards' JSON files."""
     each = [json.loads((shards / f"{i:05d}.json").read_bytes()) for i in range(n_shards)]
-    return {"n_shards": n_shards} | {name: sum(e[name] for e in each) for name in ("n_samples", *COUNTS, "bytes")}
+    summed = ("n_samples", *COUNTS, *FORM_COUNTS, *IMAGE_BYTES, "bytes")
+    return {"n_shards": n_shards} | {name: sum(e[name] for e in each) for name in summed}
+
+
+def psnr(con: duckdb.DuckDBPyConnection, shards: Path) -> dict[str, float] | None:
+    """Lowest and median PSNR of the samples with a JPEG made here; None where no sample has one."""
+    lowest, median = con.execute(PSNR, {"ledgers": str(shards / "*.parquet")}).fetchall()[0]
+    return None if lowest is None else {"lowest": lowest, "median": median}

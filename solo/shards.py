@@ -45,6 +45,9 @@ class Shards:
     def __init__(self, places: Mapping[str, Path | str], *, cache: Path | None = None, cache_bytes: int = 0) -> None:
         """`cache`: a folder of this process alone for remote ranges, at most `cache_bytes` of them."""
         self.places = {source: place if is_url(place) else Path(place) for source, place in places.items()}
+        for place in self.places.values():
+            if isinstance(place, str):
+                check_protocol(place)
         self.read_so_far = Read()
         self._cache = Cache(cache, cache_bytes) if cache and cache_bytes else None
         self._stores: dict[str, tuple[Any, str]] = {}
@@ -58,7 +61,7 @@ class Shards:
         """`length` bytes from `offset` on."""
         place = self.places[source]
         name = f"shards/{shard:05d}.tar"
-        data, cached = self._local(place / name, offset, length) if isinstance(place, Path) else (None, False)
+        data, cached = self._local(f"{place}/{name}", offset, length) if isinstance(place, Path) else (None, False)
         if data is None:
             data, cached = self._remote(source, name, offset, length)
         if len(data) != length:
@@ -84,7 +87,7 @@ class Shards:
         found: list[str] = rows["sha256"].to_pylist()
         return found[0] if found else None
 
-    def _local(self, path: Path, offset: int, length: int) -> tuple[bytes, bool]:
+    def _local(self, path: str, offset: int, length: int) -> tuple[bytes, bool]:
         file = os.open(path, os.O_RDONLY)
         try:
             return os.pread(file, length, offset), False
@@ -198,6 +201,20 @@ class Cache:
 def is_url(place: Path | str) -> bool:
     """True for what fsspec opens; a plain path is read without it."""
     return isinstance(place, str) and "://" in place
+
+
+def check_protocol(url: str) -> None:
+    """Refuse a store whose client is not installed, before anything is asked of it."""
+    from fsspec import get_filesystem_class
+
+    protocol = url.partition("://")[0].rpartition("::")[2]
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as error:
+        remedy = "pip install -e '.[s3]'" if protocol in ("s3", "s3a") else "install what it names"
+        raise ValueError(f"{url}: no client for {protocol}://: {error}; {remedy}") from None
+    except ValueError as error:  # a protocol fsspec does not know
+        raise ValueError(f"{url}: {error}; use a folder or a URL that fsspec opens") from None
 
 
 def _name(entry: str) -> str:

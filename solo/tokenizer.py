@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from solo.pieces import BytePairs, SentencePieces
-from solo.spec import Tokens
+from solo.spec import ModelSpec, Tokens
+from solo.tokenizer_file import BytePairs, SentencePieces
 
 N_OWN_IDS = 5 + 1024  # image marks, then <loc_1> ... <loc_1024> as upstream reserves them
 
@@ -74,52 +74,65 @@ class Tokenizer:
         data = read_pinned(tokens)
         name = tokens.tokenizer
         is_json = data[:64].lstrip().startswith(b"{")  # a SentencePiece model begins with the byte 0x0a and a length
-        self.pieces: BytePairs | SentencePieces = BytePairs(data, name) if is_json else SentencePieces(data, name)
-        n_ids = self.pieces.n_ids if tokens.text_ids is None else tokens.text_ids
-        if n_ids < self.pieces.n_ids:
+        self.file: BytePairs | SentencePieces = BytePairs(data, name) if is_json else SentencePieces(data, name)
+        n_ids = self.file.n_ids if tokens.text_ids is None else tokens.text_ids
+        if n_ids < self.file.n_ids:
             raise ValueError(
-                f"tokenizer {name}: text_ids {n_ids} < {self.pieces.n_ids} ids in the file; give the rows of the "
+                f"tokenizer {name}: text_ids {n_ids} < {self.file.n_ids} ids in the file; give the rows of the "
                 "backbone's embedding, or leave text_ids out"
             )
-        bos = self._control("bos", tokens.bos, self.pieces.bos)
-        eos = self._control("eos", tokens.eos, self.pieces.eos)
+        bos = self._control("bos", tokens.bos, self.file.bos)
+        eos = self._control("eos", tokens.eos, self.file.eos)
         self.vocabulary = Vocabulary(n_ids, bos, eos)
-        self.encode = self.pieces.encode  # the ids of one text item; empty for an empty text
 
     @property
     def file_name(self) -> str:
         """What Hugging Face calls a file of this kind."""
-        return "tokenizer.json" if isinstance(self.pieces, BytePairs) else "tokenizer.model"
+        return "tokenizer.json" if isinstance(self.file, BytePairs) else "tokenizer.model"
 
     @property
     def bos_token(self) -> str:
         """How the token that begins a document reads."""
-        return self.pieces.token_of(self.vocabulary.bos)
+        return self.file.token_of(self.vocabulary.bos)
 
     @property
     def eos_token(self) -> str:
         """How the token that ends an answer reads."""
-        return self.pieces.token_of(self.vocabulary.eos)
+        return self.file.token_of(self.vocabulary.eos)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text item; empty for an empty text."""
+        return self.file.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text in `ids`; control, vision and unknown ids are left out."""
-        is_text, n = self.pieces.is_text, self.pieces.n_ids
-        return self.pieces.decode([i for i in map(int, ids) if 0 <= i < n and is_text[i]])
+        is_text, n = self.file.is_text, self.file.n_ids
+        return self.file.decode([i for i in map(int, ids) if 0 <= i < n and is_text[i]])
 
     def _control(self, field: str, token: str | None, own: int | None) -> int:
         """Id of the token that the spec, else the file, names."""
         name = self.tokens.tokenizer
-        controls = [self.pieces.token_of(i) for i in range(self.pieces.n_ids) if self.pieces.is_control[i]]
+        controls = [self.file.token_of(i) for i in range(self.file.n_ids) if self.file.is_control[i]]
         have = f"it has {controls[:8]}{' ...' if len(controls) > 8 else ''}"
         if token is None:
             if own is None:
                 raise ValueError(f"tokenizer {name}: the file names no {field} token; give tokens.{field}, {have}")
             return own
-        found = self.pieces.id_of(token)
-        if found is None or not self.pieces.is_control[found]:
+        found = self.file.id_of(token)
+        if found is None or not self.file.is_control[found]:
             fact = "no token" if found is None else "a piece of ordinary text"
             raise ValueError(f"tokenizer {name}: {field} {token!r} is {fact} there; name a control token, {have}")
         return found
+
+
+def check_model(model: ModelSpec, vocabulary: Vocabulary) -> None:
+    """Refuse a model whose rows are not the vocabulary's ids."""
+    n, least = vocabulary.n_text_ids, vocabulary.vision_end + 1
+    if model.n_text_ids != n or model.vocab_size < least:
+        raise ValueError(
+            f"model: n_text_ids {model.n_text_ids} and vocab_size {model.vocab_size}, but the tokenizer has {n} text "
+            f"ids and image marks up to {least}; set n_text_ids to {n} and vocab_size to {vocabulary.size}"
+        )
 
 
 def read_pinned(tokens: Tokens) -> bytes:

@@ -33,9 +33,11 @@ import pyarrow.parquet as pq
 from solo import checkpoint, trained
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.plan import Plan
-from solo.spec import Stage
+from solo.spec import ModelSpec, Stage, Tokens
+from solo.tokenizer import Tokenizer, check_model
 
-VERSION = 2  # 2: trained.parquet names the documents left out; counts are of documents
+# 2: trained.parquet names the documents left out; counts are of documents. 3: a saved processor says plain_eos
+VERSION = 3
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
             f"train/{job.name}: the plan has {plan.num_rows} packs, one step needs batch_packs = {stage.batch_packs}; "
             f"add data to mix {stage.mix!r} or lower pack_tokens or batch_packs"
         )
+    vocabulary = Tokenizer(Tokens.model_validate(job.spec["tokens"])).vocabulary
+    check_model(ModelSpec.model_validate(job.spec["model"]), vocabulary)
     assert plan.num_rows % stage.batch_packs == 0, f"pack left {plan.num_rows} packs, batches of {stage.batch_packs}"
     n_steps = plan.num_rows // stage.batch_packs
     n_gpus = gpu_count()

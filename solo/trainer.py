@@ -40,6 +40,7 @@ from solo import checkpoint, trained
 from solo.artifact import commit, write_atomic
 from solo.loader import Pack, PackLoader
 from solo.model import SoloForCausalLM
+from solo.processor import SoloProcessor
 from solo.spec import ModelSpec, Stage, Tokens
 from solo.trained import ROW
 
@@ -258,6 +259,7 @@ class Trainer:
             folder = self.work / "checkpoint"
             shutil.rmtree(folder, ignore_errors=True)
             self.engine.module.solo.save_pretrained(folder)
+            SoloProcessor.from_tokens(Tokens.model_validate(self.task["tokens"])).save_pretrained(folder)
             facts = {
                 "stage": self.stage.name,
                 "n_steps": self.n_steps,

@@ -41,6 +41,8 @@ def line() -> list[Manifest]:
         a = acquired(name, n_in=12, n_kept=10, n_lost=2)
         f = manifest("filter", name, (10, 8, {"too_small": 2}), inputs=[a], stats={"n_samples": 10})
         counted = tokens(100, n_patches, 80) | {"n_shards": 1, "n_samples": 8, "n_images": 8, "bytes": 9}
+        said = {"n_system_tokens": 0, "n_user_tokens": 12, "n_assistant_tokens": 80, "n_markup_tokens": 8}
+        counted |= said | {"n_images_as_came": 3, "n_images_bare": 1, "n_images_jpeg": 2, "n_images_png": 2}
         s = manifest("shard", name, (8, 8, {}), inputs=[a, f], stats=counted)
         shards.append(s)
         found += [a, f, s]

@@ -77,17 +77,18 @@ def job(part, spec, inputs, root, *, workers=1, version=1):
     return Job(part, SOURCE, version, spec, by_id, root, root / "specs", workers)
 
 
-def filtered(root, source, *, signals=("image.size", "image.hashes", "text.size"), keep=None, unique=(), workers=1):
+def filtered(root, source, *, signals=("image.size", "image.hashes", "text.size"), workers=1, **fields):
     """Run filter over an acquire artifact."""
-    fields = {"signals": list(signals), "keep": keep or {}, "unique": list(unique)}
-    return make(job("filter", {"filter": fields}, [source], root, workers=workers), filter_part.run)[0]
+    spec = {"signals": list(signals), "keep": {}} | fields
+    return make(job("filter", {"filter": spec}, [source], root, workers=workers), filter_part.run)[0]
 
 
-def sharded(root, samples, *, size=4, template="plain", workers=1, tokens=TOKENS, **how):
+def sharded(root, samples, *, size=4, template="plain", workers=1, tokens=TOKENS, jpeg_quality=None, **how):
     """Acquire, filter and shard these samples; returns the shard artifact."""
     source = acquired(root, samples, per_shard=how.pop("per_shard", 5))
     inputs = [source, filtered(root, source, **how)]
-    spec = {"shard": {"samples_per_shard": size, "template": template}, "tokens": tokens}
+    grid = {"grid_pictures": {"jpeg_quality": jpeg_quality}} if jpeg_quality else {}
+    spec = {"shard": {"samples_per_shard": size, "template": template} | grid, "tokens": tokens}
     return make(job("shard", spec, inputs, root, workers=workers), shard_part.run)[0]
 
 

@@ -1,10 +1,14 @@
+import json
 from importlib.util import find_spec
 
 import pytest
 import torch
+import yaml
 from test_model import _one_thread
+from test_tokenizer import byte_pairs
 from transformers import (
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -18,7 +22,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from solo.backbone import write
 from solo.model import SoloForCausalLM
+from solo.spec import ModelSpec, Tokens
+from solo.tokenizer import Tokenizer
 
 __all__ = ["_one_thread"]
 
@@ -157,6 +164,35 @@ def test_another_architecture_is_refused(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=50)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type is 'gpt2'; SOLO starts from one of"):
         SoloForCausalLM.from_backbone(tmp_path)
+
+
+def test_what_the_command_writes_can_be_trained_and_talked_to(tmp_path):
+    """From a published folder with a tokenizer of another kind to a recipe's blocks, the model and its processor."""
+    vocabulary = byte_pairs()
+    n_ids = 1 + max(token["id"] for token in vocabulary["added_tokens"])
+    kind, config, more = BACKBONES["qwen2-tied"]
+    text = kind(
+        config(**(SHAPE | more | {"vocab_size": n_ids + 10, "eos_token_id": 2}))
+    ).eval()  # rows to spare, as Qwen2
+    folder, out = tmp_path / "text", tmp_path / "solo"
+    text.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": "<|im_end|>"}))
+    with pytest.raises(ValueError, match=r"names no bos token"):
+        write(folder, tmp_path / "nowhere")
+    blocks = yaml.safe_load(yaml.safe_dump(write(folder, out, bos="<|endoftext|>")))
+    tokens, model = Tokens.model_validate(blocks["tokens"]), ModelSpec.model_validate(blocks["model"])
+    assert Tokenizer(tokens).vocabulary.size == model.vocab_size == n_ids + 10 + 1029
+    solo = SoloForCausalLM.from_spec(model, tokens, 0)
+    saved = AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(solo.state_dict()[n], t) for n, t in saved.state_dict().items())
+    rows = AutoProcessor.from_pretrained(out)(text=["a red square", "blue"])
+    with torch.no_grad():
+        expected = text(rows["input_ids"], attention_mask=rows["attention_mask"]).logits
+        got = saved(**rows).logits[..., : n_ids + 10]
+    assert (got - expected)[rows["attention_mask"].bool()].abs().max() < 1e-4
+    with pytest.raises(ValueError, match="not empty; give a new folder"):
+        write(folder, out)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -105,6 +105,21 @@ def test_a_short_stream_takes_no_pack_more_than_its_tokens_need(seed: int) -> No
     assert sorted(sums)[1] >= 0.98 * 1_024
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_short_texts_fill_all_packs_but_the_last(seed: int) -> None:
+    """Three to eight documents a pack, of few streams that are as short: what is lost is lost for good."""
+    lengths = np.random.default_rng(seed).integers(60, 320, 100)
+    sums = sorted(int(lengths[p].sum()) for p in packs(lengths.tolist(), 1_024))
+    assert sum(sums[1:]) >= 0.999 * 1_024 * len(sums[1:])
+
+
+def test_a_few_lengths_fill_packs() -> None:
+    """Questions about small pictures: pairs of twenty lengths have few sums."""
+    lengths = np.random.default_rng(0).choice([18, 19, 20, 22, 23, 24, 25, 26, 51, 52, 54, 56, 58, 60], 6_000)
+    sums = sorted(int(lengths[p].sum()) for p in packs(lengths.tolist(), 512))
+    assert sum(sums[1:]) >= 0.9995 * 512 * len(sums[1:])
+
+
 def test_most_packs_are_stable_and_window_bounds_the_rest() -> None:
     lengths = np.random.default_rng(1).integers(20, 80, 20_000)
     made = bestfit.pack(lengths, 4_096, window=64)

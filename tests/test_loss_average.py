@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import test_train
-from test_train import MODEL, TOKENS
+import test_trained
+import tiny_stage
+from tiny_stage import MODEL, TOKENS
 
 from solo import train
 from solo.artifact import Artifact
@@ -23,21 +24,45 @@ N_STEPS = 1  # more are in test_train
 # A step of size learning_rate whatever the gradient would hide a wrong factor, so the norms are compared as well.
 FIELDS = {"warmup_steps": 0, "learning_rate": 1e-3, "clip_norm": 1e9}
 
-RANK = """
-import json, os, sys
+# One process imports what every rank needs and forks them, for each line of its input: five seconds a rank less.
+RANKS_OF = """
+import json, os, socket, sys
 from pathlib import Path
+import torch
 from solo import trainer
 
-trainer._connect("cpu")
-for path in sys.argv[1:]:
-    task = json.loads(Path(path).read_text())
-    rows = []
-    trainer.emit = rows.append
-    assert trainer.Trainer(task).run()
-    if os.environ["RANK"] == "0":
-        Path(path).with_suffix(".rows").write_text(json.dumps([r for r in rows if "step" in r]))
-sys.stdout.flush()
-os._exit(0)
+torch.set_num_threads(1)
+
+
+def rank(paths):
+    trainer._connect("cpu")
+    for path in paths:
+        rows = []
+        trainer.emit = rows.append
+        assert trainer.Trainer(json.loads(Path(path).read_text())).run()
+        if os.environ["RANK"] == "0":
+            Path(path).with_suffix(".rows").write_text(json.dumps([r for r in rows if "step" in r]))
+
+
+for line in sys.stdin:
+    n_ranks, paths = json.loads(line)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_ranks)}
+    children = []
+    for i in range(n_ranks):
+        os.environ |= {"RANK": str(i), "LOCAL_RANK": str(i)}
+        if not (child := os.fork()):
+            try:
+                rank(paths)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    failed = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(failed), failed
 """
 
 
@@ -47,25 +72,22 @@ def first_packs(inputs: dict[str, Artifact], folder: Path, n: int) -> dict[str, 
     for name in ("plan.parquet", "packs.parquet"):
         table = pq.read_table(inputs["pack/tiny"].path / name)
         pq.write_table(table.filter(pc.less(table["pack"], n)), folder / name)
-    return inputs | {"pack/tiny": test_train.made(folder, "pack/tiny")}
+    return inputs | {"pack/tiny": tiny_stage.made(folder, "pack/tiny")}
 
 
 def damage(inputs: dict[str, Artifact], folder: Path) -> dict[str, Artifact]:
     """The first document of pack 0, and of every pack like it, cannot be read."""
     key = pq.read_table(inputs["pack/tiny"].path / "plan.parquet")["key"][0].as_py()
-    return test_train.damage(inputs, folder, "caption", key)
+    return test_trained.damage(inputs, folder, "caption", key)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], tuple[train.Job, list[dict]]]:
-    """Every case; one launch per number of ranks trains its cases one after the other."""
+    """Every case; the ranks of one number of them train its cases one after the other."""
     root = tmp_path_factory.mktemp("averages")
-    inputs = test_train.make_plan(root / "all", N_STEPS * max(RANKS) * max(ACCUMULATIONS) // 4)
-    script = root / "rank.py"
-    script.write_text(RANK)
-    done = {}
+    inputs = tiny_stage.make_plan(root / "all", N_STEPS * max(RANKS) * max(ACCUMULATIONS) // 4)
+    jobs, lines = {}, []
     for ranks in RANKS:
-        jobs = {}
         for n in ACCUMULATIONS:
             own = first_packs(inputs, root / f"plan-{ranks}-{n}", N_STEPS * ranks * n)
             broken = damage(own, root / f"shards-{ranks}-{n}") if n == DAMAGED_AT else {}
@@ -74,21 +96,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, st
                     continue
                 where = root / f"{ranks}-{n}-{average}"
                 fields = FIELDS | {"batch_packs": ranks * n, "loss_average": average.removesuffix("-damaged")}
-                job = test_train.make_job(where, given, **fields, max_damaged=9 if given is broken else 0)
+                job = tiny_stage.make_job(where, given, **fields, max_damaged=9 if given is broken else 0)
                 job.work.mkdir(parents=True)
                 task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=ranks)
                 (where / "task.json").write_text(json.dumps(task))
                 jobs[ranks, n, average] = job, where / "task.json"
-        paths = [str(path) for _, path in jobs.values()]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        env = train._environment(ranks, "cpu")
-        ended = subprocess.run(
-            [*command, str(script), *paths], env=env, capture_output=True, text=True, check=False, timeout=200
-        )
-        assert not ended.returncode, ended.stderr[-3000:]
-        for case, (job, path) in jobs.items():
-            done[case] = job, json.loads(path.with_suffix(".rows").read_text())
-    return done
+        lines.append(json.dumps([ranks, [str(path) for case, (_, path) in jobs.items() if case[0] == ranks]]))
+    ended = subprocess.run(
+        [sys.executable, "-c", RANKS_OF],
+        input="\n".join(lines),
+        env=train._environment(1, "cpu"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert not ended.returncode, ended.stderr[-3000:]
+    return {case: (job, json.loads(path.with_suffix(".rows").read_text())) for case, (job, path) in jobs.items()}
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,17 @@ def test_parts_of_the_line_keep_their_order_whatever_order_they_come_in() -> Non
         ("acquire/text", {"counts": {"kept": 9}}, "acquire/text: in = kept + dropped"),
         ("filter/text", {"counts": {"in": 9, "kept": 7}}, "filter/text: in = kept by acquire/text"),
         ("shard/text", {"counts": {"in": 7, "kept": 7}}, "shard/text: in = kept by filter/text"),
+        ("shard/text", {"stats": {"n_text_tokens": 99}}, "shard/text: tokens = text tokens + patches"),
+        (
+            "shard/text",
+            {"stats": {"n_user_tokens": 11}},
+            "shard/text: text tokens = system + user + assistant + markup",
+        ),
+        (
+            "shard/pictures",
+            {"stats": {"n_images_png": 1}},
+            "shard/pictures: images = as they came + without metadata + as JPEG + as PNG",
+        ),
         ("curate/mix-1", {"counts": {"in": 15, "kept": 15}}, "curate/mix-1: in = kept by its 2 shard parts"),
         ("pack/mix-1", {"counts": {"in": 15, "kept": 15}}, "pack/mix-1: in = exposures of curate/mix-1"),
         ("pack/mix-2", {"stats": {"n_tokens": 499}}, "pack/mix-2: tokens placed + dropped = tokens of curate/mix-2"),

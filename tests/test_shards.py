@@ -1,5 +1,6 @@
 """Ranges of shards: only what was asked for, from a folder or an object store, through a cache that keeps its bound."""
 
+import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -174,11 +175,22 @@ def test_many_threads_share_one_cache(tmp_path):
     assert cache.n_bytes == sum(p.stat().st_size for p in tmp_path.iterdir()) <= 2_000
 
 
-@pytest.mark.optional
+def test_a_store_without_its_client_is_said_before_a_document_is_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # what an environment without it looks like to an import
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    message = r"^s3://bucket/web: no client for s3://: .*s3fs.*; pip install -e '\.\[s3\]'$"
+    with pytest.raises(ValueError, match=message):
+        Shards({"text": "memory://text", "web": "s3://bucket/web"})
+    with pytest.raises(ValueError, match=r"^nowhere://x: .*nowhere.*; use a folder or a URL that fsspec opens"):
+        Shards({"web": "nowhere://x"})
+
+
 def test_packs_from_an_s3_store(made, tmp_path, monkeypatch):  # noqa: F811
-    """moto's server on the loopback; needs s3fs and moto[server,s3]."""
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    """A real server and client, moto's and s3fs, on the loopback."""
+    for name in ("s3fs", "flask_cors"):
+        pytest.importorskip(name, reason=f"{name} is not installed; pip install -e '.[dev]' brings it")
+    moto = pytest.importorskip("moto.server", reason="moto[s3] is not installed; pip install -e '.[dev]' brings it")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
         host, port = server.get_host_and_port()

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from solo.patches import grid
-from solo.pieces import SentencePieces
 from solo.sample import IMAGE, Sample, text
 from solo.spec import Tokens
 from solo.tokenizer import SOLO, Tokenizer, Vocabulary
+from solo.tokenizer_file import SentencePieces
 from solo.tokens import tokenize
 
 TOKENS = Tokens.model_validate(
@@ -55,6 +55,16 @@ def test_plain_layout():
         bool,
         np.int32,
     )
+
+
+def test_plain_documents_end_in_eos_only_where_the_spec_says_so():
+    ending = Tokenizer(TOKENS.model_copy(update={"plain_eos": True}))
+    document = tokenize(sample(("assistant", text("Hello world"))), [], ending, "plain")
+    assert document.ids.tolist() == [1, *HELLO, 2] and document.is_target.tolist() == [False, True, True, True]
+    asked = tokenize(sample(("user", text("Hello world"))), [], ending, "plain")
+    assert asked.ids.tolist() == [1, *HELLO]  # nobody's answer ends
+    upstream = Tokenizer(TOKENS.model_copy(update={"plain_eos": False}))
+    assert tokenize(sample(("assistant", text("Hello world"))), [], upstream, "plain").ids.tolist() == [1, *HELLO]
 
 
 def test_plain_keeps_images_where_they_stand_between_words():
@@ -147,16 +157,16 @@ spaced = st.lists(
 @given(spaced)
 def test_word_by_word_is_the_whole_text_at_once(value):
     fresh = SentencePieces.__new__(SentencePieces)
-    fresh.__dict__ = TOKENIZER.pieces.__dict__ | {"_words": {}}
-    whole = TOKENIZER.pieces._model.encode(value)
-    assert TOKENIZER.pieces._by_word
+    fresh.__dict__ = TOKENIZER.file.__dict__ | {"_words": {}}
+    whole = TOKENIZER.file._model.encode(value)
+    assert TOKENIZER.file._by_word
     assert fresh.encode(value) == TOKENIZER.encode(value) == whole  # words unknown, then known
     assert fresh.encode(value) == whole
 
 
 def test_known_words_are_bounded_and_long_ones_are_not_kept(monkeypatch):
-    monkeypatch.setattr("solo.pieces.WORDS_KEPT", 5)
-    tokenizer = Tokenizer(TOKENS).pieces
+    monkeypatch.setattr("solo.tokenizer_file.WORDS_KEPT", 5)
+    tokenizer = Tokenizer(TOKENS).file
     assert len(tokenizer._words) <= 5
     said = " ".join(f"word{i}" for i in range(50)) + " " + "x" * 500
     assert tokenizer.encode(said) == tokenizer._model.encode(said)
@@ -168,7 +178,7 @@ def test_a_vocabulary_whose_pieces_cross_words_is_encoded_whole():
         def id_to_piece(self, i):
             return "a\u2581b" if i == 77 else "a"
 
-    tokenizer = Tokenizer(TOKENS).pieces
+    tokenizer = Tokenizer(TOKENS).file
     real, tokenizer._model = tokenizer._model, Crossing()
     tokenizer._by_word = tokenizer._words_are_apart()
     tokenizer._model = real

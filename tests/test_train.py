@@ -1,6 +1,5 @@
 """train: schedule, a whole stage on two ranks, kills, stops, refusals; on a plan of a few tiny packs."""
 
-import io
 import json
 import math
 import os
@@ -8,129 +7,27 @@ import pickle
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
-from PIL import Image
+from tiny_stage import EVERY, MODEL, STAGE, TOKENS, made, make_job, make_plan
 
-from solo import artifact, checkpoint, run_pages, train, trained
-from solo.artifact import Artifact, Job, LedgerError, Manifest, file_sha256
-from solo.pack import PACKS, PLAN
-from solo.patches import grid, image_size
-from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
-from solo.spec import ModelSpec, Stage, Tokens
-from solo.tokens import Tokenizer, tokenize
+from solo import artifact, checkpoint, train
+from solo.artifact import Artifact, Job, LedgerError, file_sha256
+from solo.spec import ModelSpec, Stage
 
-RECIPE = yaml.safe_load((Path(__file__).parents[1] / "datasets_spec" / "recipes" / "sample.yaml").read_text())
-TOKENS = Tokens.model_validate(RECIPE["tokens"])
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-MODEL = RECIPE["model"] | SMALL | {"num_key_value_heads": 1}
 N_STEPS = 48
-EVERY = 4
-STAGE = RECIPE["stages"][0] | {
-    "name": "tiny",
-    "mix": "tiny",
-    "pack_tokens": 64,
-    "batch_packs": 4,
-    "learning_rate": 1e-2,
-    "warmup_steps": 2,
-    "checkpoint_every_steps": EVERY,
-}
 RUN = """
 import pickle, sys
 from solo import artifact, train
 artifact.make(pickle.load(open(sys.argv[1], "rb")), train.run)
 """
-
-
-def picture(seed: int) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (64, 40), tuple(random.Random(seed).randbytes(3))).save(out, "PNG")
-    return out.getvalue()
-
-
-def samples() -> list[Sample]:
-    """Eight captions with an image, eight texts, one prompt that nobody answers (it has no target)."""
-    made = []
-    for i in range(8):
-        talk = {"role": "assistant", "content": [IMAGE, text(f"a picture of thing {i}")]}
-        made.append(Sample(make_key("caption", str(i)), "caption", (picture(i),), (talk,), {}))
-        talk = {"role": "assistant", "content": [text(f"the cat {i} sat on the mat and the dog sat on the cat")]}
-        made.append(Sample(make_key("prose", str(i)), "prose", (), (talk,), {}))
-    mute = {"role": "user", "content": [text("is anybody there")]}
-    made.append(Sample(make_key("prose", "mute"), "prose", (), (mute,), {}))
-    return made
-
-
-def make_plan(root: Path, n_steps: int) -> dict[str, Artifact]:
-    """Shards of two sources and a plan that repeats four memorisable packs; pack 1 is one without a target."""
-    tokenizer = Tokenizer(TOKENS)
-    rows, tars = {}, {}
-    for sample in samples():
-        tar = tars.setdefault(sample.source, io.BytesIO())
-        offset = tar.tell()
-        length = write_sample(tar, sample)
-        grids = [grid(*image_size(d), patch_px=TOKENS.patch_px, max_side_px=TOKENS.max_side_px) for d in sample.images]
-        d = tokenize(sample, grids, tokenizer, "plain")
-        counts = {"n_tokens": len(d.ids), "n_patches": d.n_patches, "n_loss_tokens": d.n_loss_tokens}
-        place = {"shard": 0, "offset": offset, "length": length, "template": "plain", "begin": 0, "end": len(d.ids)}
-        rows.setdefault(sample.source, []).append({"key": sample.key, "source": sample.source} | place | counts)
-    inputs = {}
-    for source, tar in tars.items():
-        folder = root / "shard" / source
-        (folder / "shards").mkdir(parents=True)
-        end_tar(tar)
-        (folder / "shards" / "00000.tar").write_bytes(tar.getvalue())
-        inputs[f"shard/{source}"] = made(folder, f"shard/{source}")
-    mute = rows["prose"].pop()
-    kinds = [rows["caption"][:3], rows["prose"][:2], rows["prose"][2:4], rows["caption"][3:6] + rows["prose"][4:5]]
-    plan, packs = [], []
-    for pack in range(n_steps * STAGE["batch_packs"]):
-        documents = [mute] if pack == 1 else kinds[pack % 4]
-        sums = {c: sum(d[c] for d in documents) for c in ("n_tokens", "n_patches", "n_loss_tokens")}
-        assert sums["n_tokens"] <= STAGE["pack_tokens"]
-        packs.append({"pack": pack, "first_row": len(plan), "n_rows": len(documents), "source": "mix"} | sums)
-        plan += [{"pack": pack, "slot": slot, "exposure": pack} | d for slot, d in enumerate(documents)]
-    folder = root / "pack" / "tiny"
-    folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(plan, PLAN), folder / "plan.parquet")
-    pq.write_table(pa.Table.from_pylist(packs, PACKS), folder / "packs.parquet")
-    return inputs | {"pack/tiny": made(folder, "pack/tiny", len(plan))}
-
-
-def made(folder: Path, node: str, n: int = 0, **spec: object) -> Artifact:
-    part, name = node.split("/")
-    spec = {"seed": 1, "batch_packs": STAGE["batch_packs"], "pack_tokens": STAGE["pack_tokens"]} | spec
-    counts = {"in": n, "kept": n, "dropped": {}}
-    manifest = Manifest(part, name, "0" * 8, 1, spec, {"curate/tiny": "2" * 64}, "1" * 64, [], counts, {}, {})
-    (folder / artifact.MANIFEST).write_text(json.dumps(asdict(manifest)))
-    return Artifact(folder, manifest)
-
-
-def damage(inputs: dict[str, Artifact], root: Path, source: str, key: str) -> dict[str, Artifact]:
-    """The same inputs with the bytes of one document overwritten."""
-    plan = pq.read_table(inputs["pack/tiny"].path / "plan.parquet").to_pylist()
-    row = next(r for r in plan if r["key"] == key)
-    shutil.copytree(inputs[f"shard/{source}"].path, root)
-    with (root / "shards" / "00000.tar").open("r+b") as tar:
-        tar.seek(row["offset"])
-        tar.write(b"x" * row["length"])
-    return inputs | {f"shard/{source}": made(root, f"shard/{source}")}
-
-
-def make_job(root: Path, inputs: dict[str, Artifact], **fields: object) -> Job:
-    spec = {"stage": STAGE | fields, "model": MODEL, "tokens": TOKENS.model_dump(mode="json"), "seed": 3}
-    return Job("train", "tiny", train.VERSION, spec, inputs, root, root / "specs", 2)
 
 
 def outcome(job: Job) -> tuple[str, str, str]:
@@ -236,6 +133,20 @@ def test_no_path_of_this_machine_is_in_the_checkpoint(undisturbed: tuple[Job, Ar
         assert str(train.REPOSITORY).encode() not in path.read_bytes()
 
 
+def test_the_checkpoint_can_be_talked_to(undisturbed: tuple[Job, Artifact, list]) -> None:
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    from solo.model import SoloForCausalLM
+    from solo.processor import SoloProcessor
+
+    folder = undisturbed[1].path / "checkpoint"
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert processor.tokenizer.tokens == TOKENS.model_copy(update={"tokenizer": processor.tokenizer.tokens.tokenizer})
+    assert isinstance(processor, SoloProcessor) and isinstance(model, SoloForCausalLM)
+    given = processor(text=["the cat 1 sat on"])
+    assert model.generate(**given, max_new_tokens=3).shape[1] > given["input_ids"].shape[1]
+
+
 def compare_with_plain_loop(job: Job, n_compared: int) -> None:
     """The stage's first steps in twenty lines of torch: same losses, same gradient norms."""
     import torch
@@ -282,63 +193,6 @@ def test_the_saved_weights_are_the_trained_ones(undisturbed: tuple[Job, Artifact
     with torch.no_grad():
         loss = sum(float(model.pack_losses(packs.load(i)).mean()) for i in range(4, 8)) / 4
     assert told[-1]["loss"] * 0.9 < loss < told[-1]["loss"]
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Job], list[dict]]]:
-    """Train a job in this process, a launch costs five seconds; its metrics."""
-    for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    from solo import trainer
-
-    def run(job: Job) -> list[dict]:
-        job.work.mkdir(parents=True, exist_ok=True)
-        rows = []
-        monkeypatch.setattr(trainer, "emit", rows.append)
-        task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=1)
-        assert trainer.Trainer(task).run()
-        with (job.out / "metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        return rows
-
-    trainer._connect("cpu")
-    yield run
-    trainer.dist.destroy_process_group()
-
-
-def test_documents_left_out_are_counted_and_the_token_average_is_of_the_others(
-    alone: Callable[[Job], list[dict]], tmp_path: Path
-) -> None:
-    whole = make_plan(tmp_path / "plan", 3)
-    plan = pq.read_table(whole["pack/tiny"].path / "plan.parquet").to_pylist()
-    lost = next(r for r in plan if r["pack"] == 2)  # a text of packs 2, 6, 10
-    inputs = damage(whole, tmp_path / "damaged", "prose", lost["key"])
-    job = make_job(tmp_path, inputs, loss_average="token", max_damaged=3)
-    rows = alone(job)
-    assert [row["left_out"] for row in rows] == [1, 1, 1]
-    compare_with_plain_loop(job, 3)
-    done = train.run(job)
-    assert (done.n_in, done.n_kept, done.dropped) == (len(plan), len(plan) - 3, {"damaged": 3})
-    out = {"documents": 3, "tokens": 3 * lost["n_tokens"], "loss_tokens": 3 * lost["n_loss_tokens"]}
-    assert done.stats["left_out"] == out
-    for name in ("n_tokens", "n_loss_tokens"):
-        assert done.stats[name] + out[name.removeprefix("n_")] == sum(r[name] for r in plan)
-    page = "".join(run_pages.train_page([Artifact(job.out, replace(job.one("pack").manifest, stats=done.stats))], {}))
-    assert page.count(lost["key"]) == 3
-    rows = pq.read_table(job.out / "trained.parquet")
-    with pytest.raises(
-        LedgerError, match=r"train/tiny: pack 2: 1 n_documents trained \+ 0 left out != 2 planned, and 2"
-    ):
-        trained.check("train/tiny", hide_left_out(rows), pq.read_table(whole["pack/tiny"].path / "packs.parquet"))
-
-
-def hide_left_out(rows: pa.Table) -> pa.Table:
-    return pa.Table.from_pylist([r | {"left_out": []} for r in rows.to_pylist()], trained.ROW)
 
 
 def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(

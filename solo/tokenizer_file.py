@@ -1,4 +1,4 @@
-"""Pieces: two kinds of tokenizer file behind one face, both cut so that no text reaches a control or added token.
+"""Tokenizer files: two kinds behind one face, both cut so that no text reaches a control or added token.
 
 In: the bytes of a SentencePiece `.model` or a Hugging Face `tokenizer.json`. Out: `encode`, `decode`, and of each id
 whether it is text or control. Invariant: ids from SOLO's own on, where a file has them (the released tokenizer's
@@ -30,6 +30,11 @@ PROBES = (
     "<s> \U0001f600\u200d",
 )  # a normaliser shows
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # sentencepiece_model.proto, SentencePiece.Type
+REPLACEMENT = "\ufffd"
+# What is lost with a byte that text hardly has, as part of a regular expression: a control character but tab and line
+# ends, or four planes of Unicode in which nothing is assigned.
+RARE = {b: f"\\x{b:02x}" for b in (*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F)}
+RARE |= {0xF1: "\U00040000-\U0007ffff", 0xF2: "\U00080000-\U000bffff"}
 UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]  # the others occur in no text
 
 
@@ -113,7 +118,7 @@ class BytePairs:
             raise ValueError(f"tokenizer {name}: not a tokenizer.json: {type(error).__name__}: {error}") from None
         if kind != "BPE":
             raise ValueError(f"tokenizer {name}: its model is {kind}, only BPE is supported; use another backbone's")
-        _check_no_byte_is_lost(raw, name)
+        self._lost = _lost(raw, name)
         self._ids = vocabulary | added
         self._tokens = [""] * (max(self._ids.values()) + 1)
         for token, number in self._ids.items():
@@ -135,6 +140,8 @@ class BytePairs:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text item; empty for an empty text."""
+        if self._lost is not None:
+            text = self._lost.sub(REPLACEMENT, text)
         ids: list[int] = self._model.encode(text, add_special_tokens=False).ids if text else []
         return ids
 
@@ -153,8 +160,12 @@ class BytePairs:
         return self._tokens[number]
 
 
-def _check_no_byte_is_lost(raw: dict[str, Any], name: str) -> None:
-    """A character must become bytes where it is no token; `tokenizers` would leave it out without a word."""
+def _lost(raw: dict[str, Any], name: str) -> re.Pattern[str] | None:
+    """The characters that no token can write, if there are any; `tokenizers` would leave them out without a word.
+
+    A vocabulary trained on text may lack bytes that text does not have (SmolLM2's lacks six control characters and the
+    planes 4 to 11, where Unicode has assigned nothing). Those read as REPLACEMENT; lacking any other is an error.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocabulary = raw["model"]["vocab"]
@@ -168,8 +179,12 @@ def _check_no_byte_is_lost(raw: dict[str, Any], name: str) -> None:
         lost = [b for b in UTF8_BYTES if letters[b] not in vocabulary]
     else:
         raise ValueError(f"tokenizer {name}: neither byte-level nor with byte_fallback, so that text would be lost")
-    if lost:
-        raise ValueError(f"tokenizer {name}: no token for {len(lost)} bytes, {lost[0]:#04x} first: text would be lost")
+    if needed := [b for b in lost if b not in RARE]:
+        raise ValueError(
+            f"tokenizer {name}: no token for {len(needed)} bytes, {needed[0]:#04x} first: text would be lost; "
+            "use another backbone's"
+        )
+    return re.compile(f"[{''.join(RARE[b] for b in lost)}]") if lost else None
 
 
 def _own_begin(tokens: Sequence[str]) -> int:

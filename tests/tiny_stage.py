@@ -1,0 +1,104 @@
+"""A stage of a few tiny packs: shards of two sources, a plan by hand, the job that trains it."""
+
+import io
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from solo import artifact, train
+from solo.artifact import Artifact, Job, Manifest
+from solo.pack import PACKS, PLAN
+from solo.patches import grid, image_size
+from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
+from solo.spec import Tokens
+from solo.tokens import Tokenizer, tokenize
+
+RECIPE = yaml.safe_load((Path(__file__).parents[1] / "datasets_spec" / "recipes" / "sample.yaml").read_text())
+TOKENS = Tokens.model_validate(RECIPE["tokens"])
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODEL = RECIPE["model"] | SMALL | {"num_key_value_heads": 1}
+EVERY = 4
+STAGE = RECIPE["stages"][0] | {
+    "name": "tiny",
+    "mix": "tiny",
+    "pack_tokens": 64,
+    "batch_packs": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "checkpoint_every_steps": EVERY,
+}
+
+
+def picture(seed: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (64, 40), tuple(random.Random(seed).randbytes(3))).save(out, "PNG")
+    return out.getvalue()
+
+
+def samples() -> list[Sample]:
+    """Eight captions with an image, eight texts, one prompt that nobody answers (it has no target)."""
+    made = []
+    for i in range(8):
+        talk = {"role": "assistant", "content": [IMAGE, text(f"a picture of thing {i}")]}
+        made.append(Sample(make_key("caption", str(i)), "caption", (picture(i),), (talk,), {}))
+        talk = {"role": "assistant", "content": [text(f"the cat {i} sat on the mat and the dog sat on the cat")]}
+        made.append(Sample(make_key("prose", str(i)), "prose", (), (talk,), {}))
+    mute = {"role": "user", "content": [text("is anybody there")]}
+    made.append(Sample(make_key("prose", "mute"), "prose", (), (mute,), {}))
+    return made
+
+
+def make_plan(root: Path, n_steps: int) -> dict[str, Artifact]:
+    """Shards of two sources and a plan that repeats four memorisable packs; pack 1 is one without a target."""
+    tokenizer = Tokenizer(TOKENS)
+    rows, tars = {}, {}
+    for sample in samples():
+        tar = tars.setdefault(sample.source, io.BytesIO())
+        offset = tar.tell()
+        length = write_sample(tar, sample)
+        grids = [grid(*image_size(d), patch_px=TOKENS.patch_px, max_side_px=TOKENS.max_side_px) for d in sample.images]
+        d = tokenize(sample, grids, tokenizer, "plain")
+        counts = {"n_tokens": len(d.ids), "n_patches": d.n_patches, "n_loss_tokens": d.n_loss_tokens}
+        place = {"shard": 0, "offset": offset, "length": length, "template": "plain", "begin": 0, "end": len(d.ids)}
+        rows.setdefault(sample.source, []).append({"key": sample.key, "source": sample.source} | place | counts)
+    inputs = {}
+    for source, tar in tars.items():
+        folder = root / "shard" / source
+        (folder / "shards").mkdir(parents=True)
+        end_tar(tar)
+        (folder / "shards" / "00000.tar").write_bytes(tar.getvalue())
+        inputs[f"shard/{source}"] = made(folder, f"shard/{source}")
+    mute = rows["prose"].pop()
+    kinds = [rows["caption"][:3], rows["prose"][:2], rows["prose"][2:4], rows["caption"][3:6] + rows["prose"][4:5]]
+    plan, packs = [], []
+    for pack in range(n_steps * STAGE["batch_packs"]):
+        documents = [mute] if pack == 1 else kinds[pack % 4]
+        sums = {c: sum(d[c] for d in documents) for c in ("n_tokens", "n_patches", "n_loss_tokens")}
+        assert sums["n_tokens"] <= STAGE["pack_tokens"]
+        packs.append({"pack": pack, "first_row": len(plan), "n_rows": len(documents), "source": "mix"} | sums)
+        plan += [{"pack": pack, "slot": slot, "exposure": pack} | d for slot, d in enumerate(documents)]
+    folder = root / "pack" / "tiny"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(plan, PLAN), folder / "plan.parquet")
+    pq.write_table(pa.Table.from_pylist(packs, PACKS), folder / "packs.parquet")
+    return inputs | {"pack/tiny": made(folder, "pack/tiny", len(plan))}
+
+
+def made(folder: Path, node: str, n: int = 0, **spec: object) -> Artifact:
+    part, name = node.split("/")
+    spec = {"seed": 1, "batch_packs": STAGE["batch_packs"], "pack_tokens": STAGE["pack_tokens"]} | spec
+    counts = {"in": n, "kept": n, "dropped": {}}
+    manifest = Manifest(part, name, "0" * 8, 1, spec, {"curate/tiny": "2" * 64}, "1" * 64, [], counts, {}, {})
+    (folder / artifact.MANIFEST).write_text(json.dumps(asdict(manifest)))
+    return Artifact(folder, manifest)
+
+
+def make_job(root: Path, inputs: dict[str, Artifact], **fields: object) -> Job:
+    spec = {"stage": STAGE | fields, "model": MODEL, "tokens": TOKENS.model_dump(mode="json"), "seed": 3}
+    return Job("train", "tiny", train.VERSION, spec, inputs, root, root / "specs", 2)
