@@ -47,7 +47,7 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     """Say which artifacts a run would make or reuse, and which field or input is the reason."""
     settings = Settings.from_env()
     _check_parts(force=force)
-    planned = line.plan(line.select(line.nodes(recipe, settings.specs), until), settings, force or ())
+    planned = line.plan(line.select(line.nodes(recipe, settings.specs, settings.root), until), settings, force or ())
     packed = {p.name: p.last for p in planned if p.part == "pack" and p.last}
     stages = estimate.of_recipe(recipe, settings.specs, packed)
     unpinned = estimate.unpinned(recipe, settings.specs)
@@ -59,9 +59,10 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     for name in ("part", "name", "action"):
         table.add_column(name, no_wrap=True, overflow="fold")
     table.add_column("because", ratio=1)
-    for before, p in zip([None, *planned], planned, strict=False):
-        part = "" if before and before.part == p.part else p.part
-        table.add_row(part, p.name, f"[{COLOURS[p.action]}]{p.action}[/]", Text(p.because))
+    shown = ""
+    for part, name, action, because in runs.plan_rows(planned):
+        table.add_row("" if part == shown else part, name, f"[{COLOURS[action]}]{action}[/]", Text(because))
+        shown = part
     out.print(table)
     _say(runs.plan_sentence(planned))
     if any(stage.basis != "unknown" for stage in stages):
@@ -79,7 +80,9 @@ def run(
     """Run a recipe here, without a worker: the same tracked flow as `prefect deployment run solo/full-recipe`."""
     settings = Settings.from_env()
     _check_parts(only=only, force=force)
-    nodes = line.select(line.nodes(recipe, settings.specs), max(only, key=PARTS.index) if only else until)
+    nodes = line.select(
+        line.nodes(recipe, settings.specs, settings.root), max(only, key=PARTS.index) if only else until
+    )
     arguments = [f"recipe={recipe}", f"until={until}"]
     arguments += [f"only={','.join(only)}"] if only else []
     arguments += [f"force={','.join(force)}"] if force else []
@@ -238,6 +241,27 @@ def check(source: Annotated[str, typer.Argument(help="Name of a file in datasets
     typer.echo(f"{source}: {found.good} of the first {found.good + found.statuses.total()} records are as expected")
     for status, item in found.first.items():
         typer.echo(f"  {status} {found.statuses[status]}, the first is {item.identity}: {item.error}")
+
+
+@bench.command("acquire")
+def bench_acquire(as_json: Json = False) -> None:
+    """Samples per second and core of acquire with every guard on, against plain img2dataset on the same origin."""
+    from solo import bench_acquire as measured
+
+    _figures(measured.run(), as_json)
+
+
+@app.command()
+def retry(
+    source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/ that reads a URL list.")],
+    cause: Annotated[list[str] | None, typer.Option(help="A transient status; repeat for several.")] = None,
+    recrawl: Annotated[bool, typer.Option(help="Ask for all that came, and compare.")] = False,
+) -> None:
+    """Ask a source's failed URLs again by cause, or all of them to see what rotted; the next run takes it up."""
+    from solo import retry as passed
+
+    for text in passed.run(source, cause or [], recrawl, Settings.from_env()):
+        typer.echo(text)
 
 
 def _figures(found: dict[str, Any], as_json: bool) -> None:

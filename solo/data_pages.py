@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from solo import exclude_pages, pack_pages
+from solo import exclude_pages, link_rot, pack_pages
 from solo.artifact import Artifact
 from solo.charts import Panel, histograms, stacked
 from solo.counts import TEXT_COUNTS
@@ -44,6 +44,7 @@ def acquire_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]
     if shown := top_series({name: counts for name, counts in lost.items() if counts}):
         yield picture(stacked("Records that gave no sample, by status", shown, unit="records"), "records by status")
     yield table([row | bar_of(row) for row in acquire_rows(artifacts)])
+    yield from link_rot.blocks(artifacts)
 
 
 def shard_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:

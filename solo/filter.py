@@ -5,7 +5,7 @@ In: raw tars of `acquire`, a `Filter` spec. Out: `signals.parquet` (key, raw_sha
 sample is kept iff every predicate is true (false and NULL drop it, the first such is the reason) and no kept sample
 with a smaller key equals it in a `unique` column or is in its cluster of `near` ones; in = kept + dropped. Cost: a
 decode per image where a signal is missing, else one scan: a threshold that moves reads no pixel. Signals lie at
-ROOT/signals/<source>/<acquire digest>/<signal>-v<VERSION>/<raw shard>.parquet.
+ROOT/signals/<source>/<signal>-v<VERSION>/<sha256 of a raw tar>.parquet.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def _spec(job: Job) -> Filter:
 
 def measure_missing(job: Job, spec: Filter, wanted: list[Signal], raw: list[Path]) -> list[Measured]:
     """Measure what the cache lacks: one pass over each raw shard that misses a signal."""
-    cache = cache_folder(job)
+    cache, names = cache_folder(job), cache_names(job)
     cache.mkdir(parents=True, exist_ok=True)
     passes = []
     with FileLock(cache / ".lock"):  # a second filter of this source waits, then finds all files there
         units = []
         for tar in raw:
-            targets = {s.name: cache / s.folder / f"{tar.stem}.parquet" for s in wanted}
+            targets = {s.name: cache / s.folder / names[tar.name] for s in wanted}
             missing = {name: path for name, path in targets.items() if not path.exists()}
             if missing:
                 units.append(Unit(tar, missing, job.specs, spec.arguments))
@@ -97,18 +97,24 @@ def measure_missing(job: Job, spec: Filter, wanted: list[Signal], raw: list[Path
 
 def cache_folder(job: Job) -> Path:
     """Where the signals of this source's raw shards are kept, apart from any decision."""
-    return job.root / "signals" / job.name / job.one("acquire").manifest.digest[:8]
+    return job.root / "signals" / job.name
+
+
+def cache_names(job: Job) -> dict[str, str]:
+    """Raw tar -> its cache file, named by content, so that a pass over a URL list measures only the tars it adds."""
+    files = job.one("acquire").manifest.files
+    return {Path(f["path"]).name: f"{f['sha256'][:16]}.parquet" for f in files if f["path"].endswith(".tar")}
 
 
 def write_signals(job: Job, wanted: list[Signal], raw: list[Path]) -> None:
     """Put all signals of all raw shards side by side, sorted by key."""
-    cache, beside = cache_folder(job), job.work / "beside"
+    cache, names, beside = cache_folder(job), cache_names(job), job.work / "beside"
     # An empty table first: it fixes the order and the types of the columns, whatever the shards hold.
     empty = beside / "empty.parquet"
     write_table(empty, _declared(wanted).empty_table())
     paths = [empty]
     for tar in raw:
-        tables = [pq.read_table(cache / s.folder / f"{tar.stem}.parquet") for s in wanted]
+        tables = [pq.read_table(cache / s.folder / names[tar.name]) for s in wanted]
         keys = tables[0]["key"]
         shard = pa.table({"key": keys, "raw_shard": pa.array([int(tar.stem)] * len(keys), pa.int32())})
         for table in tables:

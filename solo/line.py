@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from solo import artifact, decontaminate, measure
+from solo import artifact, decontaminate, measure, passes
 from solo.artifact import Artifact, Job, Manifest, Result
 from solo.plugin import resolve
 from solo.spec import BenchmarkSpec, MixSpec, RecipeSpec, SourceSpec, SpecError, load
@@ -94,8 +94,11 @@ class Planned:
     last: Manifest | None  # the artifact of this part and name made last, for estimates and comparison
 
 
-def nodes(recipe_name: str, specs: Path) -> list[Node]:
-    """Every artifact of a recipe, inputs before their readers. Reads and checks all specs the recipe names."""
+def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]:
+    """Every artifact of a recipe, inputs before their readers. Reads and checks all specs the recipe names.
+
+    `root` is where passes over URL lists are looked for; without it no source has one.
+    """
     recipe = load(RecipeSpec, recipe_name, specs)
     mixes = [load(MixSpec, stage.mix, specs) for stage in recipe.stages]
     names = list(dict.fromkeys(s.source for mix in mixes for s in mix.sources))
@@ -110,7 +113,8 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
 
     for s in sources:
         identity = {"source": s.name, "revision": s.revision, "acquire": s.acquire.model_dump(mode="json")}
-        add("acquire", s.name, identity)
+        version = _module("acquire").VERSION
+        add("acquire", s.name, passes.identity(root, version, identity) if root else identity)
     for s in sources:
         measured = {
             "filter": s.filter.model_dump(mode="json"),
