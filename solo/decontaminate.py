@@ -115,7 +115,8 @@ def benchmarks(job: Job, wanted: Mapping[str, Mapping[str, Any]]) -> list[Benchm
     """The signatures of these benchmarks, made where they are not there yet."""
     found = []
     for name, fields in wanted.items():
-        identity = [VERSION, image.VERSIONS, *(fields[k] for k in ("revision", "adapter", "args"))]
+        looks = [image.VERSIONS[signal] for signal in ("hashes", "colours")]
+        identity = [VERSION, looks, *(fields[k] for k in ("revision", "adapter", "args"))]
         digest = hashlib.sha256(canonical(identity)).hexdigest()[:8]
         path = job.root / "benchmarks" / name / f"{digest}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)

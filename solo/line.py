@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from solo import artifact, measure, passes
+from solo import artifact, decontaminate, measure, passes
 from solo.artifact import Artifact, Job, Manifest, Result
 from solo.plugin import resolve
 from solo.spec import BenchmarkSpec, MixSpec, RecipeSpec, SourceSpec, SpecError, load
@@ -158,7 +158,7 @@ def _compared(mix: MixSpec, specs: Path) -> dict[str, Any]:
     """What a mix compares itself with: of each benchmark that it names, where its items are and nothing else."""
     named = [load(BenchmarkSpec, name, specs) for name in mix.decontaminate]
     fields = {b.name: b.model_dump(mode="json", include={"revision", "location", "adapter", "args"}) for b in named}
-    return {"benchmarks": fields} if fields else {}
+    return {"benchmarks": fields, "decontaminate": decontaminate.VERSION} if fields else {}
 
 
 def _untitled(spec: MixSpec | BenchmarkSpec) -> dict[str, Any]:

@@ -5,10 +5,11 @@ import tarfile
 
 import duckdb
 import pytest
+import tiny
 from raw import picture, rows, same_files, sample, sharded
 from test_curate import ledger, shard
 
-from solo import artifact, curate, decontaminate
+from solo import artifact, curate, decontaminate, line
 from solo.acquire import content_sha256
 from solo.artifact import Job
 from solo.sample import Sample
@@ -249,3 +250,24 @@ def test_a_source_without_pictures_has_none_to_compare(root, two, tmp_path):
     texts = sharded(tmp_path / "t", [sample(1, caption="only words")], signals=["text.size", "text.minhash"])
     made = curated(root, {**two, "web": texts}, **ALIKE)
     assert len(excluded(made)) == 3
+
+
+def test_a_mix_knows_its_benchmarks_and_nothing_else_of_them(tmp_path):
+    """A title or a scorer reruns no mix; a benchmark that a mix does not name is not in it at all."""
+    specs = tiny.write_specs(tmp_path / "specs")
+    mix = (specs / "mixes" / "toy.yaml").read_text()
+
+    def node(edit=""):
+        (specs / "mixes" / "toy.yaml").write_text(mix + edit)
+        return next(n for n in line.nodes("toy", specs) if n.id == "curate/toy")
+
+    assert "benchmarks" not in node().spec
+    before = node("decontaminate: [toy-colours]\n")
+    assert set(before.spec["benchmarks"]["toy-colours"]) == {"revision", "location", "adapter", "args"}
+    bench = specs / "benchmarks" / "toy-colours.yaml"
+    text = bench.read_text()
+    assert "max_new_tokens: 2" in text
+    bench.write_text(text.replace("max_new_tokens: 2", "max_new_tokens: 5"))
+    assert node("decontaminate: [toy-colours]\n") == before
+    with pytest.raises(SpecError, match=r"no-such\.yaml: no such file"):
+        node("decontaminate: [no-such]\n")
