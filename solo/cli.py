@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import closing, line, runs
+from solo import closing, line, memory, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
-from solo.spec import Template
+from solo.spec import RecipeSpec, Template, load
 
 app = typer.Typer(
     help="Train single-transformer vision-language models from a data recipe.",
@@ -48,8 +48,11 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     settings = Settings.from_env()
     _check_parts(force=force)
     planned = line.plan(line.select(line.nodes(recipe, settings.specs), until), settings, force or ())
+    machine = memory.Machine.from_env()  # where its GPU's memory is told, what cannot fit is refused here
+    uses = memory.of_recipe(load(RecipeSpec, recipe, settings.specs), machine) if machine else {}
     if as_json:
-        typer.echo(json.dumps(runs.plan_json(recipe, planned)))
+        told = {"memory_gib": {name: use.gib() for name, use in uses.items()}} if machine else {}
+        typer.echo(json.dumps(runs.plan_json(recipe, planned) | told))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("part", "name", "action"):
@@ -60,6 +63,8 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
         table.add_row(part, p.name, f"[{COLOURS[p.action]}]{p.action}[/]", Text(p.because))
     out.print(table)
     out.print(runs.plan_sentence(planned), soft_wrap=True)
+    for text in memory.lines(uses, machine) if machine else ():
+        _say(text)
 
 
 @app.command()
@@ -174,6 +179,18 @@ def bench_pack(as_json: Json = False) -> None:
     from solo import bench_pack as measured
 
     _figures(measured.run(), as_json)
+
+
+@bench.command("train")
+def bench_train(
+    profile: Annotated[str, typer.Option(help="toy, h100-slice or h100-7b-offload.")] = "toy",
+    log: Annotated[Path | None, typer.Option(help="Where the trainers' own lines go.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokens per second and MFU of the trainer, against Hugging Face's model in the same trainer."""
+    from solo import bench_train as measured
+
+    _figures(measured.run(profile, log=log), as_json)
 
 
 @app.command()

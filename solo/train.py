@@ -136,6 +136,11 @@ def rank_count(n_gpus: int, stage: Stage) -> int:
     return ranks
 
 
+def deepspeed_file(device: Device) -> Path:
+    """$SOLO_DEEPSPEED, else ours for the device."""
+    return Path(os.environ.get("SOLO_DEEPSPEED") or REPOSITORY / DEEPSPEED[device])
+
+
 def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
     """A DeepSpeed file (how to run) completed by the stage (what to train); a key both own is an error."""
     try:
@@ -155,6 +160,11 @@ def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
         "gradient_accumulation_steps": stage.batch_packs // ranks,
         "gradient_clipping": stage.clip_norm,
     }
+    if "offload_optimizer" in given["zero_optimization"]:
+        if zero != 1:
+            raise ValueError(f"{path}: offload_optimizer needs zero_optimization.stage 1, not {zero}; see engine.py")
+        # `engine.accumulation` sums gradients; the optimizer is torch's own fused AdamW, which runs on both devices.
+        config |= {"train_batch_size": ranks, "gradient_accumulation_steps": 1, "zero_force_ds_cpu_optimizer": False}
     if stage.precision == "bf16":
         # Sums over a batch of packs would lose their last bits in bf16, so gradients are kept and summed in fp32.
         fp32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
@@ -232,7 +242,6 @@ def _core_count() -> int:
 
 def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, Any]:
     """All that a rank needs to know, as the JSON of its job file."""
-    path = Path(os.environ.get("SOLO_DEEPSPEED") or REPOSITORY / DEEPSPEED[device])
     before = list(job.of("train").values())
     init = job.spec["model"]["init"]
     checkpoints = job.work / "checkpoints"
@@ -249,7 +258,7 @@ def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, An
         "tokens": job.spec["tokens"],
         "seed": job.spec["seed"],
         "device": device,
-        "deepspeed": deepspeed_config(path, stage, ranks),
+        "deepspeed": deepspeed_config(deepspeed_file(device), stage, ranks),
         "plan": str(plan),
         "plan_digest": job.one("pack").manifest.digest,
         "shards": {name: str(shard.path.resolve()) for name, shard in sorted(job.of("shard").items())},

@@ -22,12 +22,11 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from solo import checkpoint, trained
+from solo import checkpoint, engine, memory, trained
 from solo.artifact import commit, write_atomic
 from solo.loader import Pack, PackLoader
 from solo.model import SoloForCausalLM
@@ -47,41 +46,14 @@ from solo.trained import ROW
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 STOPPED = 128 + signal.SIGTERM  # exit code of a rank that was told to stop and did so in good order
-ACTIVATION_BYTES = 28  # kept per token, layer and channel of hidden + intermediate in bf16, about; measured by none
-MEMORY_SHARE = 0.2  # of a GPU's memory for activations; beyond it every layer is computed again in the backward pass
-
-
-def learning_rate(step: int, stage: Stage, n_steps: int) -> float:
-    """Rate of optimizer step 1 ... n_steps: linear warm-up to the peak, then cosine or linear to the minimum.
-
-    The peak is reached at step `warmup_steps` and the minimum at the last step, so no step has rate 0 by warm-up.
-    """
-    assert 1 <= step <= n_steps
-    if step <= stage.warmup_steps:
-        return stage.learning_rate * step / stage.warmup_steps
-    done = (step - stage.warmup_steps) / (n_steps - stage.warmup_steps)
-    left = 0.5 * (1.0 + math.cos(math.pi * done)) if stage.schedule == "cosine" else 1.0 - done
-    return stage.min_learning_rate + (stage.learning_rate - stage.min_learning_rate) * left
-
-
-class PackLoss(nn.Module):
-    """What DeepSpeed wraps: engines call `forward`, and the model's own is Hugging Face's."""
-
-    def __init__(self, solo: SoloForCausalLM) -> None:
-        super().__init__()
-        self.solo = solo
-
-    def forward(self, pack: Pack) -> Tensor:
-        """(n_supervised,) cross entropies."""
-        return self.solo.pack_losses(pack)
 
 
 class Trainer:
     """State of one rank: engine, loader position (the step), rows of the packs it trained."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
+    def __init__(self, task: dict[str, Any], wrap: Callable[[SoloForCausalLM], nn.Module] = engine.PackLoss) -> None:
+        """`wrap`: what makes of the model a module that maps a pack to its losses."""
         self.task = task
         self.stage = Stage.model_validate(task["stage"])
         self.rank, self.n_ranks = dist.get_rank(), dist.get_world_size()
@@ -103,35 +75,38 @@ class Trainer:
         self.stop = False
         self.step = 0
         self.rows: list[dict[str, Any]] = []
+        self.seconds: list[float] = []  # of the last steps
+        self.planned: memory.Use | None = None
         self.stall_s, self.n_targets = 0.0, 0  # of the step: waiting for packs, supervised tokens over all ranks
         model = SoloForCausalLM.from_spec(
             ModelSpec.model_validate(task["model"] | {"init": task["init"]}), tokens, task["seed"]
         )
-        model.model.recompute_layers = _recomputed(model, self.stage.pack_tokens)
+        model.model.recompute_layers = self._recompute_layers(int(batches.max()))
         model.train()
         self.n_parameters = sum(p.numel() for p in model.parameters())
-        self.engine = deepspeed.initialize(
-            model=PackLoss(model),
-            optimizer=_optimizer(model, self.stage),
-            config=task["deepspeed"],
-            dist_init_required=False,
-        )[0]
+        self.engine = engine.start(wrap(model), self.stage, task["deepspeed"])
         if task["resume"]:
             self._load(Path(task["resume"]))
 
+    def _recompute_layers(self, n_targets: int) -> int:
+        """How many layers keep no activations, by the memory plan where there is a GPU to plan for."""
+        model, asked = ModelSpec.model_validate(self.task["model"]), memory.policy()
+        if not torch.cuda.is_available():
+            return model.num_hidden_layers if asked == "full" else 0
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        px = Tokens.model_validate(self.task["tokens"]).patch_px
+        pack = {"patch_px": px, "n_tokens": self.stage.pack_tokens, "n_targets": n_targets}
+        machine = memory.Machine(gpu, self.n_ranks, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        self.planned = memory.choose(self.stage.name, model, self.task["deepspeed"], machine, asked=asked, **pack)
+        if self.rank == 0:
+            log.info("memory plan, GiB of a GPU: %s", json.dumps(self.planned.gib()))
+        return self.planned.recompute_layers
+
     def run(self) -> bool:
         """Train to the last step; False when told to stop before it (a checkpoint is then complete)."""
-        packs = self.loader.iterate(
-            self.step, batch_packs=self.stage.batch_packs, rank=self.rank, world_size=self.n_ranks, workers=_workers()
-        )
-        seconds: list[float] = []
+        packs = self.packs()
         while self.step < self.n_steps:
-            began = time.monotonic()
-            self.step += 1
-            sums, stopping = self._step(packs)
-            seconds = [*seconds[-20:], time.monotonic() - began]
-            if self.rank == 0:
-                self._say(sums, seconds)
+            sums, stopping = self.advance(packs)
             if not math.isfinite(sums["loss"]):
                 last = self.step * self.stage.batch_packs - 1
                 raise ValueError(
@@ -145,10 +120,25 @@ class Trainer:
         self._finish()
         return True
 
+    def advance(self, packs: Iterator[Pack]) -> tuple[dict[str, Any], bool]:
+        """The next step, told in a line; its sums, and whether a rank was told to stop."""
+        began = time.monotonic()
+        self.step += 1
+        sums, stopping = self._step(packs)
+        self.seconds = [*self.seconds[-20:], time.monotonic() - began]
+        if self.rank == 0:
+            self._say(sums, self.seconds)
+        return sums, stopping
+
+    def packs(self) -> Iterator[Pack]:
+        """This rank's packs from the next step on."""
+        share = {"batch_packs": self.stage.batch_packs, "rank": self.rank, "world_size": self.n_ranks}
+        return self.loader.iterate(self.step, **share, workers=_workers())
+
     def _step(self, packs: Iterator[Pack]) -> tuple[dict[str, Any], bool]:
         """One optimizer step: this rank's packs forward and backward, the update, the sums over ranks."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.stage, self.n_steps)
+            group["lr"] = engine.learning_rate(self.step, self.stage, self.n_steps)
         self.stall_s = 0.0
         own: Iterable[Pack] = (self._next(packs) for _ in range(self.stage.batch_packs // self.n_ranks))
         self.n_targets = int(self.step_targets[self.step - 1])
@@ -156,11 +146,12 @@ class Trainer:
             own = list(own)  # only then is it known which documents are left out, and the first backward pass needs it
             self.n_targets = int(self._sum([sum(pack.n_loss_tokens for pack in own)])[0])
         done: list[tuple[Pack, Tensor]] = []
-        for pack in own:
-            losses = self.engine(pack)  # (n_supervised,)
-            self.engine.backward(losses.sum() * self._scale(len(losses)))
-            self.engine.step()
-            done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
+        with engine.accumulation(self.engine, self.stage.batch_packs // self.n_ranks) as (share, step):
+            for pack in own:
+                losses = self.engine(pack)  # (n_supervised,)
+                self.engine.backward(losses.sum() * self._scale(len(losses)) * share)
+                step()
+                done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
         rows = [trained.row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
         self.rows += rows
         return self._reduce(rows)
@@ -217,7 +208,7 @@ class Trainer:
             {"step": self.step, "n_steps": self.n_steps}
             | sums
             | {
-                "lr": learning_rate(self.step, self.stage, self.n_steps),
+                "lr": engine.learning_rate(self.step, self.stage, self.n_steps),
                 "grad_norm": None if norm is None else float(norm),
                 "tokens_per_s": round(sums["tokens"] / seconds[-1], 1),
                 "step_s": round(seconds[-1], 4),
@@ -271,25 +262,6 @@ class Trainer:
         dist.barrier()
 
 
-def _optimizer(model: torch.nn.Module, stage: Stage) -> torch.optim.AdamW:
-    """AdamW; norms (1-D) do not decay, as upstream."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    # Fused: one pass over the weights instead of ten, 3 ms instead of 12 for a step of the smallest model on a CPU.
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, eps=stage.eps, fused=True)
-
-
-def _recomputed(model: SoloForCausalLM, pack_tokens: int) -> int:
-    """How many layers keep no activations: all where they would fill a GPU, none else; the numbers are the same."""
-    if not torch.cuda.is_available():
-        return 0
-    shape = model.config
-    kept = ACTIVATION_BYTES * pack_tokens * (shape.hidden_size + shape.intermediate_size // 2) * shape.num_hidden_layers
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return shape.num_hidden_layers if kept > MEMORY_SHARE * memory else 0
-
-
 def _workers() -> int:
     """Threads that load ahead: the cores that the ranks leave over, one at least."""
     return min(8, max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) - 1))
@@ -315,29 +287,6 @@ def _die_with_parents() -> None:
         threading.Thread(target=wait, name="supervisor", daemon=True).start()
 
 
-def _keep_memory() -> None:
-    """Let glibc keep what is freed: it gave tensors of 32 MB back to the kernel, which cleared them for each step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # absent from other C libraries
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 2**28)
-
-
-def _connect(device: str) -> None:
-    if device == "cpu":
-        _keep_memory()
-        # DeepSpeed would build a shared-memory all-reduce with g++ here. That takes 25 s and a compiler, and a SIGKILL
-        # during the build leaves a lock file behind for which every later run waits for ever. Gloo gives the same sums.
-        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
-        deepspeed.init_distributed("gloo", verbose=False)
-        return
-    if not torch.cuda.is_available():
-        raise RuntimeError("this torch sees no GPU although the machine has one; set CUDA_VISIBLE_DEVICES= for CPU")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl", verbose=False)
-
-
 def main(job_file: Path) -> int:
     """Run one rank; its exit code."""
     _die_with_parents()
@@ -357,7 +306,7 @@ def main(job_file: Path) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         task = json.loads(job_file.read_bytes())
-        _connect(task["device"])
+        engine.connect(task["device"])
         trainer = told[0] = Trainer(task)
         if trainer.run():
             dist.destroy_process_group()

@@ -3,11 +3,15 @@
 import io
 import json
 import random
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from PIL import Image
 
@@ -16,7 +20,7 @@ from solo.artifact import Artifact, Job, Manifest
 from solo.pack import PACKS, PLAN
 from solo.patches import grid, image_size
 from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
-from solo.spec import Tokens
+from solo.spec import Stage, Tokens
 from solo.tokens import Tokenizer, tokenize
 
 RECIPE = yaml.safe_load((Path(__file__).parents[1] / "datasets_spec" / "recipes" / "sample.yaml").read_text())
@@ -102,3 +106,42 @@ def made(folder: Path, node: str, n: int = 0, **spec: object) -> Artifact:
 def make_job(root: Path, inputs: dict[str, Artifact], **fields: object) -> Job:
     spec = {"stage": STAGE | fields, "model": MODEL, "tokens": TOKENS.model_dump(mode="json"), "seed": 3}
     return Job("train", "tiny", train.VERSION, spec, inputs, root, root / "specs", 2)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """This process as the only rank of a group."""
+    with pytest.MonkeyPatch.context() as patch:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in (one | {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}).items():
+            patch.setenv(name, value)
+        from solo import engine, trainer
+
+        if not trainer.dist.is_initialized():  # once a process, and never ended: DeepSpeed cannot join a second group
+            engine.connect("cpu")
+        yield
+
+
+@contextmanager
+def one_rank() -> Iterator[Callable[..., list[dict]]]:
+    """What trains a job in this process, a launch costs five seconds, and gives its metrics."""
+    with joined(), pytest.MonkeyPatch.context() as patch:
+        from solo import trainer
+
+        rows: list[dict] = []
+        patch.setattr(trainer, "emit", rows.append)
+
+        def run(job: Job, **task: object) -> list[dict]:
+            job.work.mkdir(parents=True, exist_ok=True)
+            rows.clear()
+            stage = Stage.model_validate(job.spec["stage"])
+            assert trainer.Trainer(train._task(job, stage, device="cpu", ranks=1) | task).run()
+            found = [row for row in rows if "step" in row]
+            with (job.out / "metrics.jsonl").open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+            return found
+
+        yield run
