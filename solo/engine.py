@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -87,18 +88,38 @@ def learning_rate(step: int, stage: Stage, n_steps: int) -> float:
 
 
 def connect(device: str) -> None:
-    """Join the other ranks."""
+    """Join the other ranks; a collective that they do not all reach within $SOLO_TIMEOUT_S is an error."""
+    limit = timedelta(seconds=timeout_s())
     if device == "cpu":
         _keep_memory()
         # DeepSpeed would build a shared-memory all-reduce with g++ here. That takes 25 s and a compiler, and a SIGKILL
         # during the build leaves a lock file behind for which every later run waits for ever. Gloo gives the same sums.
         vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
-        deepspeed.init_distributed("gloo", verbose=False)
+        deepspeed.init_distributed("gloo", timeout=limit, verbose=False)
         return
     if not torch.cuda.is_available():
         raise RuntimeError("this torch sees no GPU although the machine has one; set CUDA_VISIBLE_DEVICES= for CPU")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl", verbose=False)
+    deepspeed.init_distributed("nccl", timeout=limit, verbose=False)
+
+
+def timeout_s() -> float:
+    """$SOLO_TIMEOUT_S, else what DeepSpeed waits."""
+    asked = os.environ.get("SOLO_TIMEOUT_S", "1800")
+    if not (asked.isdigit() and int(asked) > 0):
+        raise ValueError(f"SOLO_TIMEOUT_S is {asked!r}; give whole seconds, 1 or more")
+    return float(asked)
+
+
+def explained(error: Exception) -> str:
+    """An error of a rank in one line; one of a collective says what it means."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, RuntimeError):
+        if "imed out" in line or "timeout" in line.lower():
+            return f"a collective was not reached by every rank within {timeout_s():.0f} s, one is stuck ({line})"
+        if "onnection closed by peer" in line or "onnection reset by peer" in line:
+            return f"another rank is gone ({line})"
+    return line
 
 
 def _keep_memory() -> None:

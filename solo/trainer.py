@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from solo import checkpoint, engine, memory, trained
+from solo import checkpoint, engine, memory, sick, trained
 from solo.artifact import commit, write_atomic
 from solo.loader import Pack, PackLoader
 from solo.model import SoloForCausalLM
@@ -74,6 +74,7 @@ class Trainer:
         self.sources = sorted(shards)
         self.stop = False
         self.step = 0
+        self.health = sick.Health(self.stage)
         self.rows: list[dict[str, Any]] = []
         self.seconds: list[float] = []  # of the last steps
         self.planned: memory.Use | None = None
@@ -86,7 +87,7 @@ class Trainer:
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.engine = engine.start(wrap(model), self.stage, task["deepspeed"])
         if task["resume"]:
-            self._load(Path(task["resume"]))
+            self._load(Path(task["resume"]), int(task["first_step"]))
 
     def _recompute_layers(self, n_targets: int) -> int:
         """How many layers keep no activations, by the memory plan where there is a GPU to plan for."""
@@ -105,14 +106,18 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step; False when told to stop before it (a checkpoint is then complete)."""
         packs = self.packs()
+        if self.stage.on_spike == "quarantine" and not self.step:
+            self._save()  # else a spike before the first checkpoint had nowhere to go back to
         while self.step < self.n_steps:
+            if self.step + 1 in self.health.quarantined:
+                self._pass_over(packs)
+                continue
             sums, stopping = self.advance(packs)
-            if not math.isfinite(sums["loss"]):
-                last = self.step * self.stage.batch_packs - 1
-                raise ValueError(
-                    f"{self.stage.name}: the loss of step {self.step} is {sums['loss']}; lower learning_rate, or look "
-                    f"at packs {last + 1 - self.stage.batch_packs} to {last}"
-                )
+            verdict = self.health.judge(sums["loss"], applied=self.engine.was_step_applied())
+            if verdict and self._treat(verdict, sums):
+                packs.close()
+                packs = self.packs()
+                continue
             if stopping or self.step % self.stage.checkpoint_every_steps == 0 < self.n_steps - self.step:
                 self._save()
             if stopping:
@@ -130,7 +135,52 @@ class Trainer:
             self._say(sums, self.seconds)
         return sums, stopping
 
-    def packs(self) -> Iterator[Pack]:
+    def _treat(self, verdict: sick.Verdict, sums: dict[str, Any]) -> bool:
+        """Record a sick step; True where training went back to the checkpoint before it."""
+        stage, size = self.stage, self.stage.batch_packs
+        packs = range((self.step - 1) * size, self.step * size)
+        event = self.health.record(verdict, self.step, sums, [row for i in packs for row in self.loader.rows(i)])
+        what = f"{stage.name}: step {self.step}, packs {packs[0]} to {packs[-1]}: "
+        what += f"loss {sums['loss']:.4f} > {event['limit']:.4f}" if event["limit"] else "loss or gradient not finite"
+        if self.rank == 0:
+            self.health.write(self.out)
+            log.warning("%s; %s, documents in %s", what, event["done"], self.out / sick.FILE)
+        if event["done"] == "recorded":
+            return False
+        if verdict == "skipped":
+            if self.health.n_skipped > stage.max_skipped:
+                raise ValueError(
+                    f"{what}, max_skipped is {stage.max_skipped}; lower learning_rate, or look at the packs"
+                )
+            return False
+        if len(self.health.quarantined) == stage.max_quarantined:
+            raise ValueError(
+                f"{what}, max_quarantined is {stage.max_quarantined}; lower learning_rate, or look at them"
+            )
+        self.health.quarantined.append(self.step)
+        self._rewind()
+        return True
+
+    def _rewind(self) -> None:
+        """Go back to the newest whole checkpoint, one for all ranks."""
+        found: list[checkpoint.Checkpoint | None] = [None]
+        if self.rank == 0:
+            found = [checkpoint.newest(self.work / "checkpoints")]
+        dist.broadcast_object_list(found)
+        if found[0] is None:
+            raise ValueError(f"{self.stage.name}: no whole checkpoint before the spike; start the stage afresh")
+        self._load(found[0].path, found[0].step, rewind=True)
+        if self.rank == 0:
+            emit({"event": "restarted", "step": self.step})
+
+    def _pass_over(self, packs: Iterator[Pack]) -> None:
+        """The next step without its packs; no collective, as every rank does it."""
+        self.step += 1
+        for _ in range(self.stage.batch_packs // self.n_ranks):
+            index = next(packs).index
+            self.rows.append(trained.passed_over(index, self.step, self.loader.rows(index)))
+
+    def packs(self) -> Generator[Pack]:
         """This rank's packs from the next step on."""
         share = {"batch_packs": self.stage.batch_packs, "rank": self.rank, "world_size": self.n_ranks}
         return self.loader.iterate(self.step, **share, workers=_workers())
@@ -149,7 +199,7 @@ class Trainer:
         with engine.accumulation(self.engine, self.stage.batch_packs // self.n_ranks) as (share, step):
             for pack in own:
                 losses = self.engine(pack)  # (n_supervised,)
-                self.engine.backward(losses.sum() * self._scale(len(losses)) * share)
+                self.engine.backward(sound(losses.sum()) * self._scale(len(losses)) * share)
                 step()
                 done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
         rows = [trained.row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
@@ -182,12 +232,12 @@ class Trainer:
         own = np.zeros(first + 2 * n)
         own[:2] = self.stop, self.stall_s
         for row in rows:
-            loss = row["loss"] or 0.0
+            loss = _number(row)
             own[2] += loss * row["n_loss_tokens"] * self._scale(row["n_loss_tokens"]) / self.stage.batch_packs
             own[3:6] += row["n_tokens"], row["n_loss_tokens"], len(row["left_out"])
             for source in row["sources"]:
                 i = first + self.sources.index(source["source"])
-                own[i] += (source["loss"] or 0.0) * source["n_loss_tokens"]
+                own[i] += _number(source) * source["n_loss_tokens"]
                 own[i + n] += source["n_loss_tokens"]
         total = self._sum(own)
         of_sources = zip(self.sources, total[first : first + n], total[first + n :], strict=True)
@@ -197,7 +247,9 @@ class Trainer:
             "loss_tokens": int(total[4]),
             "left_out": int(total[5]),
             "input_stall_s": round(total[1] / self.n_ranks, 4),
-            "sources": {source: round(loss / n_loss, 6) for source, loss, n_loss in of_sources if n_loss},
+            "sources": {
+                source: round(loss / n_loss, 6) for source, loss, n_loss in of_sources if n_loss and math.isfinite(loss)
+            },
         }
         return sums, bool(total[0])
 
@@ -208,8 +260,9 @@ class Trainer:
             {"step": self.step, "n_steps": self.n_steps}
             | sums
             | {
+                "loss": sick.finite(sums["loss"]),
                 "lr": engine.learning_rate(self.step, self.stage, self.n_steps),
-                "grad_norm": None if norm is None else float(norm),
+                "grad_norm": None if norm is None else sick.finite(float(norm)),
                 "tokens_per_s": round(sums["tokens"] / seconds[-1], 1),
                 "step_s": round(seconds[-1], 4),
                 "eta_s": round(typical_s * (self.n_steps - self.step), 1),
@@ -227,13 +280,15 @@ class Trainer:
         pq.write_table(pa.Table.from_pylist(self.rows, ROW), aside / f"rows-{self.rank:05d}.parquet")
         dist.barrier()
         if self.rank == 0:
+            self.health.save(aside)
             state, facts = self.loader.plan.state(self.step), {"stage": self.stage.name, "commit": commit()}
             made = checkpoint.seal(aside, loader=state, world_size=self.n_ranks, facts=facts)
             log.info("checkpoint %s", made.path)
         dist.barrier()  # else a rank told to stop may leave, and end the job, before the manifest is written
 
-    def _load(self, folder: Path) -> None:
-        self.step = int(self.task["first_step"])
+    def _load(self, folder: Path, step: int, *, rewind: bool = False) -> None:
+        self.step = step
+        self.health.load(folder, rewind=rewind)
         self.engine.load_checkpoint(str(folder), tag=f"global_step{self.step}")
         self.rows = pq.read_table(folder / f"rows-{self.rank:05d}.parquet").to_pylist()
         self.loader.n_left_out = sum(len(row["left_out"]) for row in self.rows)  # max_damaged is that of the stage
@@ -247,6 +302,7 @@ class Trainer:
             aside = self.out / "trained.parquet.tmp"
             pq.write_table(pa.concat_tables(parts).sort_by("pack"), aside, compression="zstd")
             aside.replace(self.out / "trained.parquet")
+            self.health.write(self.out)
             folder = self.work / "checkpoint"
             shutil.rmtree(folder, ignore_errors=True)
             self.engine.module.solo.save_pretrained(folder)
@@ -260,6 +316,19 @@ class Trainer:
             write_atomic(folder / "solo.json", json.dumps(facts, indent=1).encode())
             folder.replace(self.out / "checkpoint")
         dist.barrier()
+
+
+def sound(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite neither is its gradient, so that every rank's engine skips the update.
+
+    A target of probability 0 has an infinite loss and a finite gradient. The device decides: no wait, no collective.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+
+
+def _number(row: dict[str, Any]) -> float:
+    """A row's loss: 0 where nothing is supervised, NaN where it was not finite."""
+    return row["loss"] if row["loss"] is not None else math.nan if row["n_loss_tokens"] else 0.0
 
 
 def _workers() -> int:
@@ -316,7 +385,7 @@ def main(job_file: Path) -> int:
         return STOPPED
     except Exception as error:  # whatever it is, the supervisor must learn this rank's reason
         traceback.print_exc()
-        emit({"event": "failed", "rank": rank, "error": " ".join(f"{type(error).__name__}: {error}".split())})
+        emit({"event": "failed", "rank": rank, "error": engine.explained(error)})
         return 1
 
 
