@@ -325,7 +325,7 @@ def _clock_updates(engine: Any) -> list[float]:  # noqa: ANN401 - DeepSpeed is n
 
 def _checkpoint_s(trainer: Any) -> float:  # noqa: ANN401 - torch is not loaded here
     began = time.perf_counter()
-    trainer._save()
+    trainer.save()
     return time.perf_counter() - began
 
 

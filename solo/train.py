@@ -90,6 +90,7 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     check_model(ModelSpec.model_validate(job.spec["model"]), vocabulary)
     assert plan.num_rows % stage.batch_packs == 0, f"pack left {plan.num_rows} packs, batches of {stage.batch_packs}"
     n_steps = plan.num_rows // stage.batch_packs
+    checkpoint.Keep.from_env()
     n_gpus = gpu_count()
     ranks = rank_count(n_gpus, stage)
     device: Device = "cuda" if n_gpus else "cpu"

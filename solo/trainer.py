@@ -35,11 +35,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from solo import checkpoint, engine, memory, sick, trained
-from solo.artifact import commit, write_atomic
+from solo import engine, memory, sick, trained
+from solo.artifact import write_atomic
 from solo.loader import Pack, PackLoader
 from solo.model import SoloForCausalLM
 from solo.processor import SoloProcessor
+from solo.saver import Saver
 from solo.spec import ModelSpec, Stage, Tokens
 from solo.trained import ROW
 
@@ -86,6 +87,7 @@ class Trainer:
         model.train()
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.engine = engine.start(wrap(model), self.stage, task["deepspeed"])
+        self.saver = Saver(self.engine, self.work / "checkpoints", self.stage.name)
         if task["resume"]:
             self._load(Path(task["resume"]), int(task["first_step"]))
 
@@ -107,7 +109,7 @@ class Trainer:
         """Train to the last step; False when told to stop before it (a checkpoint is then complete)."""
         packs = self.packs()
         if self.stage.on_spike == "quarantine" and not self.step:
-            self._save()  # else a spike before the first checkpoint had nowhere to go back to
+            self.save()  # else a spike before the first checkpoint had nowhere to go back to
         while self.step < self.n_steps:
             if self.step + 1 in self.health.quarantined:
                 self._pass_over(packs)
@@ -119,7 +121,7 @@ class Trainer:
                 packs = self.packs()
                 continue
             if stopping or self.step % self.stage.checkpoint_every_steps == 0 < self.n_steps - self.step:
-                self._save()
+                self.save()
             if stopping:
                 return False
         self._finish()
@@ -163,13 +165,10 @@ class Trainer:
 
     def _rewind(self) -> None:
         """Go back to the newest whole checkpoint, one for all ranks."""
-        found: list[checkpoint.Checkpoint | None] = [None]
-        if self.rank == 0:
-            found = [checkpoint.newest(self.work / "checkpoints")]
-        dist.broadcast_object_list(found)
-        if found[0] is None:
+        found = self.saver.newest()
+        if found is None:
             raise ValueError(f"{self.stage.name}: no whole checkpoint before the spike; start the stage afresh")
-        self._load(found[0].path, found[0].step, rewind=True)
+        self._load(found.path, found.step, rewind=True)
         if self.rank == 0:
             emit({"event": "restarted", "step": self.step})
 
@@ -269,29 +268,15 @@ class Trainer:
             }
         )
 
-    def _save(self) -> None:
-        """A checkpoint from which the same number of ranks goes on bit for bit."""
-        root = self.work / "checkpoints"
-        if self.rank == 0:
-            checkpoint.begin(root, self.step)
-        dist.barrier()
-        aside = checkpoint.aside_of(root, self.step)
-        self.engine.save_checkpoint(str(aside), tag=f"global_step{self.step}", save_latest=False)
-        pq.write_table(pa.Table.from_pylist(self.rows, ROW), aside / f"rows-{self.rank:05d}.parquet")
-        dist.barrier()
-        if self.rank == 0:
-            self.health.save(aside)
-            state, facts = self.loader.plan.state(self.step), {"stage": self.stage.name, "commit": commit()}
-            made = checkpoint.seal(aside, loader=state, world_size=self.n_ranks, facts=facts)
-            log.info("checkpoint %s", made.path)
-        dist.barrier()  # else a rank told to stop may leave, and end the job, before the manifest is written
+    def save(self) -> bool:
+        """A checkpoint of this step; False where it could not be written."""
+        return self.saver.save(self.loader.plan.state(self.step), self.rows, self.health)
 
     def _load(self, folder: Path, step: int, *, rewind: bool = False) -> None:
-        self.step = step
+        self.step, self.rows = step, self.saver.load(folder, step)
         self.health.load(folder, rewind=rewind)
-        self.engine.load_checkpoint(str(folder), tag=f"global_step{self.step}")
-        self.rows = pq.read_table(folder / f"rows-{self.rank:05d}.parquet").to_pylist()
-        self.loader.n_left_out = sum(len(row["left_out"]) for row in self.rows)  # max_damaged is that of the stage
+        # max_damaged is that of the stage, whatever was resumed
+        self.loader.n_left_out = sum(r["reason"] == trained.DAMAGED for row in self.rows for r in row["left_out"])
 
     def _finish(self) -> None:
         """Rows of all ranks in pack order, then the weights; `checkpoint/` comes last and says that all is there."""

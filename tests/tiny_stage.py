@@ -143,9 +143,9 @@ def one_rank() -> Iterator[Callable[..., list[dict]]]:
         from solo import trainer
 
         rows: list[dict] = []
-        patch.setattr(trainer, "emit", rows.append)
 
-        def run(job: Job, **task: object) -> list[dict]:
+        def run(job: Job, hook: Callable[[dict], object] = lambda row: None, **task: object) -> list[dict]:
+            patch.setattr(trainer, "emit", lambda row: (rows.append(row), hook(row)))
             job.work.mkdir(parents=True, exist_ok=True)
             rows.clear()
             stage = Stage.model_validate(job.spec["stage"])
