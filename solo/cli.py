@@ -232,6 +232,17 @@ def backbone(  # noqa: PLR0913, PLR0917 (a command's options)
     typer.echo(yaml.safe_dump(write(folder, out_folder, **how), sort_keys=False).rstrip())
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A train artifact, or the checkpoint folder in it.")],
+    to: Annotated[Path, typer.Option("--to", help="Where the Hugging Face folder is written.")],
+) -> None:
+    """Write a trained stage as a Hugging Face folder with a model card."""
+    from solo import export as exported
+
+    _say(f"wrote {exported.run(checkpoint, to)}")
+
+
 def _module(*arguments: str) -> list[str]:
     """The command of flows/server.py, which holds all that knows Prefect."""
     return [sys.executable, "-m", "flows.server", *arguments]
