@@ -32,8 +32,9 @@ recipe: setup
 	@$(BIN)/python -m flows.server prefect deployment run solo/full-recipe --watch --param recipe=$(RECIPE)
 	@$(BIN)/solo report $(RECIPE)
 
+# A file to a process: many tests wait for servers and ranks, and two files at once take two thirds of the time.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .

@@ -94,6 +94,8 @@ def publish(recipe: str, part: str, artifacts: Sequence[Artifact], inputs: dict[
         table=pages.table(part, list(artifacts)),
         description=f"{part} of {recipe}",
     )
+    for name, page in pages.details(part, list(artifacts), inputs).items():
+        create_markdown_artifact(key=f"{recipe}-{part}-{name}", markdown=page, description=f"{part} of {name}")
     page = pages.page(part, list(artifacts), inputs=inputs)
     return cast(
         UUID, create_markdown_artifact(key=f"{recipe}-{part}", markdown=page, description=f"{part} of {recipe}")

@@ -54,7 +54,7 @@ def solo(
     """
     settings = Settings.from_env()
     try:
-        nodes = line.nodes(recipe, settings.specs)
+        nodes = line.nodes(recipe, settings.specs, settings.root)
         nodes = line.select(nodes, max(only, key=line.PARTS.index) if only else until)
         planned = line.plan(nodes, settings, force or ())
         line.check_only(planned, only)

@@ -1,13 +1,15 @@
 """acquire: one source, as published, to raw tars of samples and one outcome row for each input.
 
-In: a source's location, pinned revision and adapter. Out: `raw/NNNNN.tar` (sample tars of samples_per_shard),
-`outcomes.parquet` (one row per record or URL, kept or not, sorted by key) and, for URL lists, `fetch.parquet` (times,
-volatile). Invariants: every input has one status of STATUSES; a key is kept once, later ones are `duplicate_row`; the
-same upstream bytes give the same bytes. Cost: one pass; memory holds one sample, 10,000 outcome rows and the keys.
+In: a source's location, pinned revision and adapter, and the passes made since (solo/passes.py). Out: `raw/NNNNN.tar`
+(sample tars of samples_per_shard), `outcomes.parquet` (one row per record or URL, kept or not, sorted by key) and, for
+URL lists, `fetch.parquet` (what was asked and seen, volatile). Invariants: every input has one status of STATUSES; a
+key is kept once, later ones are `duplicate_row`; the same upstream bytes give the same bytes.
+Cost: one pass; memory holds one sample, 10,000 outcome rows and the keys.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import logging
@@ -21,23 +23,25 @@ from typing import Any
 import duckdb
 import fsspec
 
-from solo.artifact import Job, Result, file_sha256
+from solo import passes
+from solo.artifact import Job, Result, file_sha256, make
+from solo.passes import FETCH
 from solo.plugin import resolve
 from solo.raw import OUTCOMES, SCHEMA, RawTars, Spool, write_sorted
 from solo.sample import Rejected, Sample, make_key
 from solo.shards import check_protocol
-from solo.spec import Acquire, SpecError
+from solo.spec import UNPINNED, Acquire, SpecError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 
 STATUSES = (
-    *("ok", "duplicate_row", "bad_record", "missing_image", "no_label", "excluded_set", "empty"),
-    *("http_3xx", "http_404", "http_4xx", "http_5xx", "timeout", "dns", "connection"),
-    *("refused_address", "refused_scheme", "disallowed", "too_large", "not_image", "undecodable", "lost"),
+    *("ok", "duplicate_row", "bad_record", "missing_image", "no_label", "excluded_set", "empty", "bad_hash"),
+    *("http_3xx", "http_404", "http_4xx", "http_429", "http_5xx", "timeout", "dns", "connection"),
+    *("refused_address", "refused_scheme", "refused_encoding", "refused_format", "disallowed", "robots_unreachable"),
+    *("too_large", "bomb", "hash_mismatch", "not_image", "undecodable", "decoder_died", "lost"),
 )
-FETCH = "fetch.parquet"
 TOTALS = """
 SELECT status, count(*), coalesce(sum(n_images), 0) FROM read_parquet($outcomes) GROUP BY status ORDER BY status
 """
@@ -56,13 +60,19 @@ class Fetched:
     sample: Sample | None = None
     width: int | None = None
     height: int | None = None
+    evidence: str | None = None
+    served_sha256: str | None = None
 
 
 def run(job: Job) -> Result:
-    """Acquire one source; what an interrupted attempt finished is kept."""
-    if not (job.out / OUTCOMES).is_file():
+    """Acquire one source, or lay its passes over the first download; what an interrupted attempt finished stays."""
+    told: dict[str, Any] = {}
+    if job.spec.get("passes"):
+        first, _ = make(dataclasses.replace(job, spec=passes.base(job.spec)), run)
+        told = passes.put_together(job, first)
+    elif not (job.out / OUTCOMES).is_file():
         _acquire(job)
-    return _result(job)
+    return _result(job, told)
 
 
 def _acquire(job: Job) -> None:
@@ -77,6 +87,7 @@ def _acquire(job: Job) -> None:
         job.work.mkdir(parents=True, exist_ok=True)
         begun.touch()
     spool, tars = Spool(job.work / "spool.parquet"), RawTars(job, spec.samples_per_shard)
+    stores = job.spec.get("pass", {}).get("kind") != "recrawl"  # which only compares
     seen: set[str] = set()
     for item in items:
         row = _row(item, source)
@@ -85,7 +96,7 @@ def _acquire(job: Job) -> None:
             row |= {"status": "duplicate_row", "error": "its key is that of an earlier record"}
         elif sample is not None:
             seen.add(sample.key)
-            row |= _content(sample) | tars.add(sample)
+            row |= _content(sample) | (tars.add(sample) if stores else {})
         spool.add(row)
     tars.close()
     spool.close()
@@ -132,7 +143,7 @@ def _content(sample: Sample) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": n_bytes, "n_images": len(sample.images)}
 
 
-def _result(job: Job) -> Result:
+def _result(job: Job, told: dict[str, Any]) -> Result:
     with duckdb.connect() as db:
         totals = db.execute(TOTALS, {"outcomes": str(job.out / OUTCOMES)}).fetchall()
     by_status = {status: n for status, n, _ in totals}
@@ -144,7 +155,8 @@ def _result(job: Job) -> Result:
         "by_status": by_status,
     }
     dropped = {status: n for status, n in by_status.items() if status != "ok"}
-    return Result(sum(by_status.values()), by_status.get("ok", 0), dropped, stats, volatile=(FETCH,))
+    volatile = (FETCH, passes.LINK_ROT)
+    return Result(sum(by_status.values()), by_status.get("ok", 0), dropped, stats | told, volatile)
 
 
 def _locate(job: Job, source: str, location: str) -> Path:
@@ -170,6 +182,11 @@ def _locate(job: Job, source: str, location: str) -> Path:
 
 def check_revision(source: str, location: Path, revision: str) -> None:
     """Refuse data that is not the pinned data; a commit hash cannot be checked from bytes and is only logged."""
+    if revision == UNPINNED:
+        raise ValueError(
+            f"{source}: revision is unpinned, so a model could not say what it was trained on; "
+            f"put the line of `solo revision {location}` into sources/{source}.yaml"
+        )
     if not revision.startswith("sha256:"):
         log.info("%s: revision %s is a commit; its bytes are taken as they are", source, revision)
         return

@@ -57,11 +57,12 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Panel:
-    """One histogram: values per group ("kept", "dropped"), on a log axis where sizes span decades."""
+    """One histogram: values per group ("kept", "dropped"), on a log axis where sizes span decades; a line at limit."""
 
     title: str
     groups: Mapping[str, np.ndarray]
     log: bool = False
+    limit: float | None = None
 
 
 def _styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
@@ -134,6 +135,8 @@ def histograms(title: str, panels: Sequence[Panel], *, unit: str, n_columns: int
             color=[_color(i, name) for i, name in enumerate(names)],
             label=names,
         )
+        if panel.limit is not None and (panel.limit > 0 or not log):
+            axes.axvline(panel.limit, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
         axes.set_title(panel.title)
         axes.grid(visible=False, axis="x")
         if log:

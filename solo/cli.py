@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import closing, line, memory, runs
+from solo import closing, estimate, estimate_text, line, memory, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
-from solo.spec import RecipeSpec, Template, load
+from solo.spec import RecipeSpec, SourceSpec, Template, load
 
 app = typer.Typer(
     help="Train single-transformer vision-language models from a data recipe.",
@@ -47,24 +47,35 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     """Say which artifacts a run would make or reuse, and which field or input is the reason."""
     settings = Settings.from_env()
     _check_parts(force=force)
-    planned = line.plan(line.select(line.nodes(recipe, settings.specs), until), settings, force or ())
+    planned = line.plan(line.select(line.nodes(recipe, settings.specs, settings.root), until), settings, force or ())
+    packed = {p.name: p.last for p in planned if p.part == "pack" and p.last}
+    stages = estimate.of_recipe(recipe, settings.specs, packed)
     machine = memory.Machine.from_env()  # where its GPU's memory is told, what cannot fit is refused here
     uses = memory.of_recipe(load(RecipeSpec, recipe, settings.specs), machine) if machine else {}
+    unpinned = estimate.unpinned(recipe, settings.specs)
     if as_json:
-        told = {"memory_gib": {name: use.gib() for name, use in uses.items()}} if machine else {}
-        typer.echo(json.dumps(runs.plan_json(recipe, planned) | told))
+        more = estimate_text.as_json(stages) | {"unpinned": unpinned}
+        more |= {"memory_gib": {name: use.gib() for name, use in uses.items()}} if machine else {}
+        typer.echo(json.dumps(runs.plan_json(recipe, planned) | more))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("part", "name", "action"):
         table.add_column(name, no_wrap=True, overflow="fold")
     table.add_column("because", ratio=1)
-    for before, p in zip([None, *planned], planned, strict=False):
-        part = "" if before and before.part == p.part else p.part
-        table.add_row(part, p.name, f"[{COLOURS[p.action]}]{p.action}[/]", Text(p.because))
+    shown = ""
+    for part, name, action, because in runs.plan_rows(planned):
+        table.add_row("" if part == shown else part, name, f"[{COLOURS[action]}]{action}[/]", Text(because))
+        shown = part
     out.print(table)
-    out.print(runs.plan_sentence(planned), soft_wrap=True)
+    _say(runs.plan_sentence(planned))
+    if any(stage.basis != "unknown" for stage in stages):
+        _say("")
+        for text in estimate_text.lines(stages):
+            _say(text)
+    for text in estimate_text.sentences(stages, unpinned):
+        _say(f"- {text}")
     for text in memory.lines(uses, machine) if machine else ():
-        _say(text)
+        _say(f"- {text}")
 
 
 @app.command()
@@ -74,7 +85,9 @@ def run(
     """Run a recipe here, without a worker: the same tracked flow as `prefect deployment run solo/full-recipe`."""
     settings = Settings.from_env()
     _check_parts(only=only, force=force)
-    nodes = line.select(line.nodes(recipe, settings.specs), max(only, key=PARTS.index) if only else until)
+    nodes = line.select(
+        line.nodes(recipe, settings.specs, settings.root), max(only, key=PARTS.index) if only else until
+    )
     arguments = [f"recipe={recipe}", f"until={until}"]
     arguments += [f"only={','.join(only)}"] if only else []
     arguments += [f"force={','.join(force)}"] if force else []
@@ -193,6 +206,18 @@ def bench_train(
     _figures(measured.run(profile, log=log), as_json)
 
 
+@bench.command("filter")
+def bench_filter(
+    as_json: Json = False,
+    hashes: Annotated[int, typer.Option(help="Rows of the search for near images.", min=1000)] = 10_000_000,
+    texts: Annotated[int, typer.Option(help="Rows of the search for near texts.", min=1000)] = 1_000_000,
+) -> None:
+    """Signals per second and core, and near duplicates among made hashes with planted pairs, as rows grow."""
+    from solo import bench_filter as measured
+
+    _figures(measured.run(n_hashes=hashes, n_texts=texts), as_json)
+
+
 @app.command()
 def up() -> None:
     """Start this checkout's Prefect server, its worker and the deployments (loopback only)."""
@@ -203,6 +228,57 @@ def up() -> None:
 def down() -> None:
     """Stop what `solo up` started, by pid."""
     raise typer.Exit(follow(_module("down"), CHECKOUT))
+
+
+@app.command()
+def sources(
+    name: Annotated[str | None, typer.Argument(help="A source to tell all about.")] = None, as_json: Json = False
+) -> None:
+    """List the sources: licence, pin, size, and the counts expected and made; or tell one in full."""
+    from solo import sources as known
+
+    settings = Settings.from_env()
+    if name is not None:
+        spec = load(SourceSpec, name, settings.specs)
+        lines = [json.dumps(spec.model_dump(mode="json"))] if as_json else known.told(spec)
+    else:
+        rows = known.listed(settings.specs, settings.root)
+        lines = [json.dumps(rows)] if as_json else known.lines(rows)
+    for text in lines:
+        typer.echo(text)
+
+
+@app.command()
+def check(source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/.")]) -> None:
+    """Probe a local copy of a source: the first mismatch by file and field, and what to do about it."""
+    from solo import sources as known
+
+    settings = Settings.from_env()
+    found = known.check(load(SourceSpec, source, settings.specs), settings.specs)
+    typer.echo(f"{source}: {found.good} of the first {found.good + found.statuses.total()} records are as expected")
+    for status, item in found.first.items():
+        typer.echo(f"  {status} {found.statuses[status]}, the first is {item.identity}: {item.error}")
+
+
+@bench.command("acquire")
+def bench_acquire(as_json: Json = False) -> None:
+    """Samples per second and core of acquire with every guard on, against plain img2dataset on the same origin."""
+    from solo import bench_acquire as measured
+
+    _figures(measured.run(), as_json)
+
+
+@app.command()
+def retry(
+    source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/ that reads a URL list.")],
+    cause: Annotated[list[str] | None, typer.Option(help="A transient status; repeat for several.")] = None,
+    recrawl: Annotated[bool, typer.Option(help="Ask for all that came, and compare.")] = False,
+) -> None:
+    """Ask a source's failed URLs again by cause, or all of them to see what rotted; the next run takes it up."""
+    from solo import retry as passed
+
+    for text in passed.run(source, cause or [], recrawl, Settings.from_env()):
+        typer.echo(text)
 
 
 def _figures(found: dict[str, Any], as_json: bool) -> None:

@@ -1,9 +1,11 @@
 """Curate: which samples one training stage sees, and how often, as a query over ledgers.
 
 In: the ledgers `shards/*.parquet` of the mix's sources and its `MixSpec`. Out: `lock.parquet` (membership with
-repeats, sorted by source and key) and `mix.sql` (the queries that made it, with their parameters). Invariants: what is
-drawn of a source depends on its own ledger, amount and seed alone, so adding a source moves no row of another; every
-ledger row is drawn or counted under one reason. Cost: one scan and one sort per source in DuckDB, which spills to disk.
+repeats, sorted by source and key) and `mix.sql` (the queries that made it, with their parameters); where the mix
+compares sources or benchmarks, `excluded.parquet` and `contamination.parquet` (solo/exclude.py). Invariants: what is
+drawn of a source depends on its own ledger, amount and seed alone, so adding a source moves no row of another (but
+where a source listed before it holds a sample's twin); every ledger row is drawn or counted under one reason. Cost:
+one scan and one sort per source in DuckDB, which spills to disk.
 
 Rounding: an amount becomes whole passes over the eligible samples and a rest; the rest is the longest prefix in hash
 order `md5(key || seed), key` whose cumulative tokens (or samples) do not exceed it. A draw in tokens is thus short of
@@ -24,13 +26,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo import predicate
+from solo import exclude, predicate
 from solo.artifact import Artifact, Job, Result, write_atomic
+from solo.exclude import Ledger, literal
 from solo.spec import MixSource, MixSpec, SpecError
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # 2: mix.sql finds where a draw ends without sorting it all; the lock is the same
+VERSION = 3  # 3: samples left out for a twin in another source or a benchmark's item
 
 NOT_DRAWN = "not_drawn"
 WEIGHTS_TOLERANCE = 1e-6
@@ -62,6 +65,18 @@ WITH ledger AS (
 ),
 judged AS (  -- the first predicate that is not true (false or NULL) is the reason a sample is dropped
   SELECT *, {reason} AS reason FROM ledger
+)"""
+
+# As above, where samples are left out for what other sources or benchmarks hold; their names are no column of a ledger.
+EXCLUDED = """
+WITH ledger AS (
+  SELECT * FROM read_parquet($files, union_by_name := TRUE)
+),
+excluded AS (
+  SELECT key, reason AS "excluded for" FROM read_parquet($excluded)
+),
+judged AS (  -- the first predicate that is not true (false or NULL) is the reason a sample is dropped
+  SELECT *, coalesce({reason}, "excluded for") AS reason FROM ledger LEFT JOIN excluded USING (key)
 )"""
 
 COUNT = """
@@ -156,19 +171,21 @@ def run(job: Job) -> Result:
     ledgers = job.of("shard")
     absent = [s.source for s in mix.sources if s.source not in ledgers]
     assert not absent, f"curate/{mix.name} was given no shard artifact of {absent}"
-    con = connect(job, [artifact.path / "shards" for artifact in ledgers.values()])
+    con = connect(job, [job.out, *(artifact.path / "shards" for artifact in ledgers.values())])
+    checked = [check(con, mix, source, ledgers[source.source]) for source in mix.sources]
+    compared = exclude.run(job, mix, con, checked)
     script = [f"-- mix {mix.name}: {' '.join(mix.title.split())}; each query reads the ledger named above it\n"]
     stats: dict[str, dict[str, Any]] = {}
     dropped: Counter[str] = Counter()
     aside = job.out / "lock.parquet.tmp"
     with pq.ParquetWriter(aside, LOCK, compression="zstd") as writer:
-        for source in sorted(mix.sources, key=lambda s: s.source):
-            drawn = draw_source(con, mix, source, ledgers[source.source])
+        for ledger in sorted(checked, key=lambda c: c.name):
+            drawn = draw_source(con, mix, ledger, job.out / exclude.EXCLUDED_FILE if compared else None)
             writer.write_table(drawn.rows, row_group_size=ROW_GROUP)
             script.append(drawn.sql)
-            stats[source.source] = drawn.stats
+            stats[ledger.name] = drawn.stats
             dropped.update(drawn.dropped)
-            job.progress(f"curate/{mix.name}: {source.source}: {drawn.rows.num_rows} samples, {drawn.draw.why}")
+            job.progress(f"curate/{mix.name}: {ledger.name}: {drawn.rows.num_rows} samples, {drawn.draw.why}")
     con.close()
     totals = {k: sum(s[k] for s in stats.values()) for k in ("n_samples", "n_exposures", *COUNTED, "short_tokens")}
     if not totals["n_samples"]:
@@ -176,7 +193,7 @@ def run(job: Job) -> Result:
     aside.replace(job.out / "lock.parquet")
     write_atomic(job.out / "mix.sql", "\n".join(script).encode())
     n_in = totals["n_samples"] + sum(dropped.values())
-    return Result(n_in, totals["n_samples"], dict(dropped), totals | {"sources": stats})
+    return Result(n_in, totals["n_samples"], dict(dropped), totals | {"sources": stats} | compared)
 
 
 def check_weights(mix: MixSpec) -> None:
@@ -199,10 +216,10 @@ def connect(job: Job, folders: list[Path]) -> duckdb.DuckDBPyConnection:
     return con
 
 
-def draw_source(con: duckdb.DuckDBPyConnection, mix: MixSpec, source: MixSource, ledger: Artifact) -> Drawn:
-    """Judge and draw one source."""
+def check(con: duckdb.DuckDBPyConnection, mix: MixSpec, source: MixSource, shards: Artifact) -> Ledger:
+    """A source's ledger, after a look at its predicates."""
     where = f"mixes/{mix.name}.yaml: sources.{source.source}"
-    folder = ledger.path / "shards"
+    folder = shards.path / "shards"
     if not any(folder.glob("*.parquet")):
         raise SpecError(empty(where, source.source))
     files = str(folder / "*.parquet")
@@ -210,14 +227,23 @@ def draw_source(con: duckdb.DuckDBPyConnection, mix: MixSpec, source: MixSource,
         raise SpecError(
             f"{where}.where.{NOT_DRAWN}: {NOT_DRAWN} is the reason of samples beyond the amount; rename the predicate"
         )
-    ledger_rows = con.sql(LEDGER, params={"files": files})
-    predicate.check(con, ledger_rows, source.where, f"{where}.where")
+    rows = con.sql(LEDGER, params={"files": files})
+    predicate.check(con, rows, source.where, f"{where}.where")
     whens = "".join(f"\n    WHEN ({p}\n    ) IS NOT TRUE THEN {literal(name)}" for name, p in source.where.items())
-    judged_sql = JUDGED.format(reason=f"CASE{whens}\n  END" if whens else "CAST(NULL AS VARCHAR)")
+    return Ledger(
+        source, files, f"CASE{whens}\n  END" if whens else "CAST(NULL AS VARCHAR)", shards, tuple(rows.columns)
+    )
+
+
+def draw_source(con: duckdb.DuckDBPyConnection, mix: MixSpec, ledger: Ledger, excluded: Path | None) -> Drawn:
+    """Judge and draw one source."""
+    where, source = f"mixes/{mix.name}.yaml: sources.{ledger.name}", ledger.spec
+    judged_sql = (EXCLUDED if excluded else JUDGED).format(reason=ledger.reason)
+    files = {"files": ledger.files} | ({"excluded": str(excluded)} if excluded else {})
     try:
-        counts = con.execute(judged_sql + COUNT, {"files": files}).fetchall()
+        counts = con.execute(judged_sql + COUNT, files).fetchall()
     except duckdb.Error:
-        if culprit := predicate.failing(ledger_rows, source.where):
+        if culprit := predicate.failing(con.sql(LEDGER, params={"files": ledger.files}), source.where):
             raise SpecError(f"{where}.where.{culprit}") from None
         raise
     judged = {reason: (int(n), int(n_tokens)) for reason, n, n_tokens in counts}
@@ -225,14 +251,16 @@ def draw_source(con: duckdb.DuckDBPyConnection, mix: MixSpec, source: MixSource,
         raise SpecError(empty(where, source.source))
     if None not in judged:
         drops = ", ".join(f"{reason} drops {n}" for reason, (n, _) in judged.items())
-        raise SpecError(f"{where}.where: no sample passes ({drops}); loosen a predicate")
+        field, remedy = ("", "leave the source out") if excluded else (".where", "loosen a predicate")
+        raise SpecError(f"{where}{field}: no sample passes ({drops}); {remedy}")
     draw = amount(mix, source, *judged[None])
     if draw.short_tokens:
         asked = f"{source.weight:g} of {mix.budget_tokens} tokens"
         log.warning("%s: %s is %d tokens more than max_epochs allows", where, asked, draw.short_tokens)
     rows, queries = draw_rows(con, judged_sql, draw, seed=str(mix.seed), files=files)
-    origin = f"'shards/*.parquet' of shard/{source.source}, content {ledger.manifest.digest[:16]}"
+    origin = f"'shards/*.parquet' of shard/{source.source}, content {ledger.shards.manifest.digest[:16]}"
     sql = [f"-- source {source.source}: {draw.why}\n-- $files = {origin}"]
+    sql += [f"-- $excluded = '{exclude.EXCLUDED_FILE}' beside this file"] if excluded else []
     for query, given in [(judged_sql + COUNT, {}), *queries]:
         header = "".join(f"-- ${name} = {literal(value)}\n" for name, value in given.items())
         sql.append(f"{header}{query.strip()};\n")
@@ -240,7 +268,7 @@ def draw_source(con: duckdb.DuckDBPyConnection, mix: MixSpec, source: MixSource,
 
 
 def draw_rows(
-    con: duckdb.DuckDBPyConnection, judged_sql: str, draw: Draw, *, seed: str, files: str
+    con: duckdb.DuckDBPyConnection, judged_sql: str, draw: Draw, *, seed: str, files: dict[str, str]
 ) -> tuple[pa.Table, list[tuple[str, dict[str, Any]]]]:
     """The rows of one source's draw, and the queries that found them with their parameters."""
     whole, queries = {"whole": draw.whole}, []
@@ -249,10 +277,10 @@ def draw_rows(
     else:
         given: dict[str, Any] = {"seed": seed, "in_samples": draw.in_samples, "rest": draw.rest}
         queries.append((judged_sql + EDGE, given))
-        ((edge,),) = con.execute(queries[0][0], {"files": files} | given).fetchall()
+        ((edge,),) = con.execute(queries[0][0], files | given).fetchall()
         queries.append((judged_sql + DRAW.format(more=MORE), whole | {"seed": seed, "edge": edge}))
     sql, given = queries[-1]
-    return con.sql(sql, params={"files": files} | given).to_arrow_table(), queries
+    return con.sql(sql, params=files | given).to_arrow_table(), queries
 
 
 def empty(where: str, source: str) -> str:
@@ -281,12 +309,3 @@ def amount(mix: MixSpec, source: MixSource, n_samples: int, n_tokens: int) -> Dr
             asked = most
     passes, left = divmod(asked, n_tokens)
     return Draw(int(passes), int(left), False, short_tokens, why)
-
-
-def literal(value: object) -> str:
-    """A value in SQL's own notation."""
-    if isinstance(value, list):
-        return f"[{', '.join(literal(v) for v in value)}]"
-    if isinstance(value, str):
-        return "'" + value.replace("'", "''") + "'"
-    return str(value).upper()

@@ -4,12 +4,13 @@ In: a list of URLs and captions (.parquet, .csv, .jsonl, or a folder of them). O
 rows that were not asked for first, then the rest by key; `fetch.parquet` with times and headers.
 Invariants: success is read from img2dataset's stats files and tables, never from its exit code; a row it loses is
 `lost`; items do not depend on the order or speed of downloads. A finished img2dataset shard is not fetched again.
-Bytes: a JPEG (JFIF or EXIF) within max_side_px is stored as served; everything else becomes JPEG of quality 95.
+Bytes: a JPEG within max_side_px is stored as served; everything else becomes JPEG of quality 95 (solo/isolated/).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -22,31 +23,36 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo.acquire import FETCH, Fetched
+from solo import passes
+from solo.acquire import Fetched
 from solo.artifact import Job
+from solo.isolated.rules import VARIABLE
 from solo.origin import Origin
+from solo.passes import FETCH
+from solo.raw import write_groups
 from solo.sample import IMAGE, Message, Sample, text
 from solo.url_rows import NOT_FETCHED, WHY, UrlList, n_shards, rows_per_shard, write_list, write_rows
 
 log = logging.getLogger(__name__)
 
-GUARD = Path(__file__).with_name("img2dataset_guard.py")
+GUARD = Path(__file__).with_name("isolated") / "guard.py"
 ATTEMPTS = 3
 THREADS = 16
-MAX_PIXELS = 100_000_000  # a decoded image above this would take 0.3 GB in each process
-DISALLOWED = ("noai", "noimageai", "noindex", "noimageindex", "none")
+STALLED_S = 600.0  # img2dataset's pool waits for ever for a worker that the kernel killed
 FETCHES = """
 WITH line AS (
-  SELECT *, row_number() OVER (PARTITION BY url ORDER BY fetched_at DESC) AS nth
+  SELECT *, row_number() OVER (PARTITION BY key ORDER BY fetched_at DESC) AS nth
   FROM read_json($lines, format = 'newline_delimited', columns = {
-    url: 'VARCHAR', fetched_at: 'DOUBLE', seconds: 'DOUBLE', http_status: 'INTEGER', redirects: 'VARCHAR[]',
-    x_robots_tag: 'VARCHAR', content_type: 'VARCHAR', error: 'VARCHAR'})
+    key: 'VARCHAR', fetched_at: 'DOUBLE', seconds: 'DOUBLE', status: 'VARCHAR', http_status: 'INTEGER',
+    evidence: 'VARCHAR', robots: 'VARCHAR', headers: 'MAP(VARCHAR, VARCHAR)', redirects: 'VARCHAR[]',
+    n_tries: 'INTEGER', served_sha256: 'VARCHAR'})
 )
-SELECT list.key, list.url, to_timestamp(fetched_at) AS fetched_at, seconds, http_status, redirects, x_robots_tag,
-       content_type, error
-FROM read_parquet($list) AS list LEFT JOIN line ON line.url = list.url AND line.nth = 1
+SELECT list.key, list.url, to_timestamp(fetched_at) AS fetched_at, seconds, status, http_status, evidence, robots,
+       headers, redirects, n_tries, served_sha256
+FROM read_parquet($list) AS list LEFT JOIN line ON line.key = list.key AND line.nth = 1
 ORDER BY list.key
 """
 
@@ -62,98 +68,89 @@ def environment() -> Path:
 
 
 def fetch(urls: UrlList, job: Job) -> Iterator[Fetched]:
-    """One item for each row of the list."""
+    """One item for each row of the list; in a pass, for each row that is asked for again."""
     rows, listed = job.work / "rows.parquet", job.work / "list.parquet"
     with duckdb.connect() as db:
         db.execute(f"SET threads = {job.workers:d}")
+        db.execute("SET temp_directory = $folder", {"folder": str(job.work / "duckdb")})
         if not listed.exists():
             write_rows(urls, rows)
         db.execute("CREATE VIEW rows AS FROM read_parquet('" + str(rows).replace("'", "''") + "')")
+        again = passes.choose(db, job)
         if not listed.exists():
-            write_list(db, listed)
+            write_list(db, listed, job.work / "requests", again=again)
         n_urls = pq.read_metadata(listed).num_rows
         if n_urls and not (job.work / "fetched").exists():
-            _download(urls, job, listed)
+            _download(urls, job, n_urls)
             (job.work / "fetched").touch()
-        _write_fetches(db, job, listed)
+        _write_fetches(db, job, listed, rows_per_shard(n_urls))
         dropped = db.execute(NOT_FETCHED)
-        while some := dropped.fetchmany(10_000):
+        while not again and (some := dropped.fetchmany(10_000)):
             yield from (Fetched(f"row {row}", url, key, why, WHY[why]) for row, key, url, why in some)
     for shard in range(n_shards(n_urls)):
         yield from _shard_items(urls, job, listed, shard)
 
 
-def command(urls: UrlList, listed: Path, images: Path, workers: int) -> list[str]:
+def command(urls: UrlList, requests: Path, images: Path, n_urls: int, workers: int) -> list[str]:
     """img2dataset's arguments."""
     options: dict[str, Any] = {
-        "url_list": str(listed),
+        "url_list": str(requests),
         "input_format": "parquet",
         "url_col": "url",
-        "caption_col": "caption",
         "save_additional_columns": ["solo_key"],
         "output_folder": str(images),
         "output_format": "webdataset",
-        "number_sample_per_shard": rows_per_shard(pq.read_metadata(listed).num_rows),
+        "number_sample_per_shard": rows_per_shard(n_urls),
         "processes_count": workers,
         "thread_count": THREADS,
         "resize_mode": "keep_ratio_largest",
-        "image_size": urls.max_side_px,
+        "image_size": urls.rules.max_side_px,
         "resize_only_if_bigger": True,
         "skip_reencode": True,
         "encode_quality": 95,
         "extract_exif": False,
         "compute_hash": None,
-        "timeout": urls.timeout_s,
         "retries": 0,
         "incremental_mode": "incremental",
-        "disallowed_header_directives": list(DISALLOWED),
         "enable_wandb": False,
     }
     return [f"--{name}={value if isinstance(value, str) else repr(value)}" for name, value in options.items()]
 
 
-def _download(urls: UrlList, job: Job, listed: Path) -> None:
+def _download(urls: UrlList, job: Job, n_urls: int) -> None:
     """Run img2dataset until each shard has its stats file, ATTEMPTS times at most."""
-    python, images = environment(), job.work / "images"
-    for folder in (images, job.work / "seen", job.work / "fetches"):
+    python, images, shared = environment(), job.work / "images", job.work / "shared"
+    for folder in (images, job.work / "seen", job.work / "fetches", shared):
         folder.mkdir(exist_ok=True)
     for stats in images.glob("*_stats.json"):
         if not (job.work / "seen" / stats.name).exists():
             stats.unlink()
-    as_named = job.work / "img2dataset.parquet"  # img2dataset reserves the column name `key`
-    columns = pq.read_table(listed, columns=["url", "caption", "key"])
-    pq.write_table(columns.rename_columns(["url", "caption", "solo_key"]), as_named)
-    n_wanted = n_shards(columns.num_rows)
+    n_wanted = n_shards(n_urls)
     with contextlib.ExitStack() as stack:
-        mapped = ""
+        rules = dataclasses.replace(urls.rules, log=str(job.work / "fetches"), shared=str(shared))
         if urls.origin is not None:
-            mapped = f"{urls.origin_host}={stack.enter_context(Origin(urls.origin)).address}"
-        env = os.environ | {
-            "SOLO_GUARD_MAP": mapped,
-            "SOLO_GUARD_LOG": str(job.work / "fetches"),
-            "SOLO_GUARD_PARENT": str(os.getpid()),
-            "NO_ALBUMENTATIONS_UPDATE": "1",
-            "OPENCV_IO_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
-            "WANDB_MODE": "disabled",
-        }
+            ip, _, port = stack.enter_context(Origin(urls.origin)).address.rpartition(":")
+            rules = dataclasses.replace(rules, mapped=(*rules.mapped, (str(urls.origin_host), ip, int(port))))
+        env = os.environ | {VARIABLE: rules.dump(), "SOLO_GUARD_PARENT": str(os.getpid())}
         for attempt in range(ATTEMPTS):
             if (n_done := _see(job)) == n_wanted:
                 break
+            (shared / "hosts").unlink(missing_ok=True)  # places that killed workers held
             job.progress(f"img2dataset: attempt {attempt + 1}, {n_done} of {n_wanted} shards are there")
-            arguments = [str(python), "-I", str(GUARD), *command(urls, as_named, images, job.workers)]
-            _run(arguments, env, job)
+            options = command(urls, job.work / "requests", images, n_urls, job.workers)
+            _run([str(python), "-I", str(GUARD), *options], env, job, n_wanted)
     if _see(job) == 0:
         tail = (job.work / "img2dataset.log").read_text(errors="replace").strip().rpartition("\n")[2]
         raise ValueError(f"{urls.source}: img2dataset finished no shard in {ATTEMPTS} attempts; its last line: {tail}")
 
 
-def _run(arguments: list[str], env: dict[str, str], job: Job) -> None:
-    """One img2dataset process group, gone when this returns or raises."""
+def _run(arguments: list[str], env: dict[str, str], job: Job, n_wanted: int) -> None:
+    """One img2dataset process group, gone when this returns or raises; its last shard is its last useful act."""
     with (job.work / "img2dataset.log").open("ab") as out:
         process = subprocess.Popen(arguments, env=env, stdout=out, stderr=out, start_new_session=True)
         try:
             n_seen = _see(job)
-            while process.poll() is None:
+            while n_seen < n_wanted and process.poll() is None and not _stalled(job):
                 time.sleep(0.1)
                 if (n_done := _see(job)) > n_seen:
                     n_seen = n_done
@@ -162,6 +159,18 @@ def _run(arguments: list[str], env: dict[str, str], job: Job) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _stalled(job: Job) -> bool:
+    """Whether nothing was fetched and nothing written for STALLED_S."""
+    last = max(
+        p.stat().st_mtime for name in ("fetches", "seen", "requests") for p in [job.work / name, *_newest(job, name)]
+    )
+    return time.time() - last > STALLED_S
+
+
+def _newest(job: Job, name: str) -> list[Path]:
+    return list((job.work / name).iterdir()) if name == "fetches" else []
 
 
 def _see(job: Job) -> int:
@@ -184,6 +193,8 @@ def _shard_items(urls: UrlList, job: Job, listed: Path, shard: int) -> Iterator[
             yield _fetched(row, "lost", f"img2dataset did not finish this shard in {ATTEMPTS} attempts")
         return
     found = {entry["solo_key"]: entry for entry in pq.read_table(base.with_suffix(".parquet")).to_pylist()}
+    seen = pq.ParquetFile(job.out / FETCH).read_row_group(shard, columns=["key", "evidence", "served_sha256"])
+    facts = {fact.pop("key"): fact for fact in seen.to_pylist()}
     with tarfile.open(base.with_suffix(".tar"), "r:") as tar:
         members = {member.name: member for member in tar if member.name.endswith(".jpg")}
         for row in rows:
@@ -192,14 +203,14 @@ def _shard_items(urls: UrlList, job: Job, listed: Path, shard: int) -> Iterator[
             if entry is None or (entry["status"] == "success" and member is None):
                 yield _fetched(row, "lost", "img2dataset wrote no result for this row")
             elif member is None:
-                status, http_status, error = explain(entry["status"], entry["error_message"])
-                yield _fetched(row, status, error, http_status)
+                status, http_status, error = explain(entry["error_message"])
+                yield _fetched(row, status, error, http_status, **facts[row["key"]])
             else:
                 file = tar.extractfile(member)
                 assert file is not None
                 sample = _sample(urls, row, file.read())
                 size = {"width": entry["width"], "height": entry["height"]}
-                yield _fetched(row, "ok", None, 200, sample=sample, **size)
+                yield _fetched(row, "ok", None, 200, sample=sample, **size, **facts[row["key"]])
 
 
 def _fetched(
@@ -218,26 +229,18 @@ def _sample(urls: UrlList, row: dict[str, Any], data: bytes) -> Sample:
     return Sample(row["key"], urls.source, (data,), (turn,), meta)
 
 
-def explain(status: str, message: str | None) -> tuple[str, int | None, str]:
-    """Our status, the HTTP status and a text without addresses, for img2dataset's status and error message."""
-    message = message or ""
-    if message.startswith("solo:"):
-        _, ours, http_status, detail = message.split(":", 3)
-        return ours, int(http_status) if http_status else None, detail
-    if "X-Robots-Tag" in message:
-        return "disallowed", 200, "the X-Robots-Tag header refuses use"
-    if status == "failed_to_resize":
-        return "undecodable", 200, "the image does not decode"
-    if "unknown url type" in message:
-        return "bad_record", None, "not a URL that can be asked for"
-    return "connection", None, "the request failed"
+def explain(message: str | None) -> tuple[str, int | None, str]:
+    """Our status, the HTTP status and a text without addresses, from img2dataset's error message."""
+    if not (message or "").startswith("solo:"):
+        return "lost", None, "img2dataset failed on this row by itself"
+    _, ours, http_status, detail = str(message).split(":", 3)
+    return ours, int(http_status) if http_status else None, detail
 
 
-def _write_fetches(db: duckdb.DuckDBPyConnection, job: Job, listed: Path) -> None:
-    """When each URL was asked for and what its headers said: facts of this run, outside the artifact's digest."""
+def _write_fetches(db: duckdb.DuckDBPyConnection, job: Job, listed: Path, n_rows: int) -> None:
+    """When each URL was asked for and what was seen: facts of this run, outside the artifact's digest."""
     lines = [str(path) for path in sorted((job.work / "fetches").glob("*.jsonl")) if path.stat().st_size]
     if lines:
-        table = db.sql(FETCHES, params={"lines": lines, "list": str(listed)}).to_arrow_table()
-        aside = job.out / f"{FETCH}.tmp"
-        pq.write_table(table, aside, compression="zstd")
-        aside.replace(job.out / FETCH)
+        rows = db.sql(FETCHES, params={"lines": lines, "list": str(listed)})
+        schema = pa.schema(rows.limit(0).to_arrow_table().schema)
+        write_groups(job.out / FETCH, schema, rows.to_arrow_reader(10_000), n_rows)

@@ -1,10 +1,11 @@
 """filter: signals of one source, measured once, and verdicts, decided in one query over them.
 
 In: raw tars of `acquire`, a `Filter` spec. Out: `signals.parquet` (key, raw_shard, every signal column, `meta_*`) and
-`verdicts.parquet` (key, keep, reason), both sorted by key. Invariants: a sample is kept iff every predicate is true
-(false and NULL drop it, the first such is the reason) and no kept sample with a smaller key equals it in a `unique`
-column; in = kept + dropped. Cost: a decode per image where a signal is missing, else one scan: a threshold that
-moves reads no pixel. Signals lie at ROOT/signals/<source>/<acquire digest>/<signal>-v<VERSION>/<raw shard>.parquet.
+`verdicts.parquet` (key, keep, reason, winner: the key kept in place of a duplicate), both sorted by key. Invariants: a
+sample is kept iff every predicate is true (false and NULL drop it, the first such is the reason) and no kept sample
+with a smaller key equals it in a `unique` column or is in its cluster of `near` ones; in = kept + dropped. Cost: a
+decode per image where a signal is missing, else one scan: a threshold that moves reads no pixel. Signals lie at
+ROOT/signals/<source>/<signal>-v<VERSION>/<sha256 of a raw tar>.parquet.
 """
 
 from __future__ import annotations
@@ -23,16 +24,20 @@ from solo.artifact import Job, Result
 from solo.measure import Measured, Signal, Unit, find_all, measure_shard, write_table
 from solo.spec import Filter, SpecError
 
-VERSION = 1
+VERSION = 2  # 2: verdicts name the winner of a duplicate
 
 ROW_GROUP = 122_880  # rows; DuckDB's own size, so that a scan splits evenly over its threads
 SIGNALS_FILE = "signals.parquet"
 FIXED = pa.schema([("key", pa.string()), ("raw_shard", pa.int32())])
-VERDICT = pa.schema([("key", pa.string()), ("keep", pa.bool_()), ("reason", pa.string())])
+VERDICT = pa.schema([("key", pa.string()), ("keep", pa.bool_()), ("reason", pa.string()), ("winner", pa.string())])
 
 TWICE = "SELECT key, count(*) AS n FROM signals GROUP BY key HAVING n > 1 ORDER BY key LIMIT 1"
 SIGNALS = "SELECT * FROM read_parquet($paths, union_by_name => true) ORDER BY key"
-VERDICTS = "SELECT key, reason IS NULL AS keep, reason FROM judged ORDER BY key"
+VERDICTS = """
+SELECT judged.key, judged.reason IS NULL AS keep, judged.reason, winners.key AS winner
+FROM judged LEFT JOIN judged AS winners ON winners.item = judged.winner
+ORDER BY judged.key
+"""
 REASONS = "SELECT coalesce(reason, '') AS r, count(*) FROM judged GROUP BY r ORDER BY r"
 
 
@@ -40,9 +45,11 @@ def run(job: Job) -> Result:
     """Make one source's signals and verdicts."""
     spec = _spec(job)
     raw = sorted((job.one("acquire").path / "raw").glob("*.tar"))
-    wanted = find_all(spec.signals)
+    wanted = find_all(spec.signals, spec.arguments)
+    for signal in wanted:
+        signal.at(job.specs)
     _check_early(job, spec, wanted)
-    passes = measure_missing(job, wanted, raw)
+    passes = measure_missing(job, spec, wanted, raw)
     if not (job.out / SIGNALS_FILE).exists():
         write_signals(job, wanted, raw)
     n_in = job.one("acquire").manifest.counts["kept"]
@@ -67,18 +74,18 @@ def _spec(job: Job) -> Filter:
         raise SpecError(f"{_where(job)}: filter.{what}") from None
 
 
-def measure_missing(job: Job, wanted: list[Signal], raw: list[Path]) -> list[Measured]:
+def measure_missing(job: Job, spec: Filter, wanted: list[Signal], raw: list[Path]) -> list[Measured]:
     """Measure what the cache lacks: one pass over each raw shard that misses a signal."""
-    cache = cache_folder(job)
+    cache, names = cache_folder(job), cache_names(job)
     cache.mkdir(parents=True, exist_ok=True)
     passes = []
     with FileLock(cache / ".lock"):  # a second filter of this source waits, then finds all files there
         units = []
         for tar in raw:
-            targets = {s.name: cache / s.folder / f"{tar.stem}.parquet" for s in wanted}
+            targets = {s.name: cache / s.folder / names[tar.name] for s in wanted}
             missing = {name: path for name, path in targets.items() if not path.exists()}
             if missing:
-                units.append(Unit(tar, missing))
+                units.append(Unit(tar, missing, job.specs, spec.arguments))
         for unit, done in zip(units, pool.each(measure_shard, units, job.workers), strict=True):
             passes.append(done)
             job.progress(
@@ -90,18 +97,24 @@ def measure_missing(job: Job, wanted: list[Signal], raw: list[Path]) -> list[Mea
 
 def cache_folder(job: Job) -> Path:
     """Where the signals of this source's raw shards are kept, apart from any decision."""
-    return job.root / "signals" / job.name / job.one("acquire").manifest.digest[:8]
+    return job.root / "signals" / job.name
+
+
+def cache_names(job: Job) -> dict[str, str]:
+    """Raw tar -> its cache file, named by content, so that a pass over a URL list measures only the tars it adds."""
+    files = job.one("acquire").manifest.files
+    return {Path(f["path"]).name: f"{f['sha256'][:16]}.parquet" for f in files if f["path"].endswith(".tar")}
 
 
 def write_signals(job: Job, wanted: list[Signal], raw: list[Path]) -> None:
     """Put all signals of all raw shards side by side, sorted by key."""
-    cache, beside = cache_folder(job), job.work / "beside"
+    cache, names, beside = cache_folder(job), cache_names(job), job.work / "beside"
     # An empty table first: it fixes the order and the types of the columns, whatever the shards hold.
     empty = beside / "empty.parquet"
     write_table(empty, _declared(wanted).empty_table())
     paths = [empty]
     for tar in raw:
-        tables = [pq.read_table(cache / s.folder / f"{tar.stem}.parquet") for s in wanted]
+        tables = [pq.read_table(cache / s.folder / names[tar.name]) for s in wanted]
         keys = tables[0]["key"]
         shard = pa.table({"key": keys, "raw_shard": pa.array([int(tar.stem)] * len(keys), pa.int32())})
         for table in tables:
@@ -125,7 +138,7 @@ def write_verdicts(job: Job, spec: Filter) -> dict[str, int]:
         con.read_parquet(str(job.out / SIGNALS_FILE)).create_view("signals")
         for key, n in con.execute(TWICE).fetchall():
             raise ValueError(f"{job.name}: key {key} occurs {n} times in raw/; make the adapter's ids unique")
-        verdicts.judge(con, _where(job), spec)
+        verdicts.judge(con, _where(job), spec, job.work)
         write_rows(job.out / "verdicts.parquet", VERDICT, con.sql(VERDICTS).to_arrow_reader(ROW_GROUP))
         return dict(con.execute(REASONS).fetchall())
 
@@ -133,7 +146,7 @@ def write_verdicts(job: Job, spec: Filter) -> dict[str, int]:
 def _check_early(job: Job, spec: Filter, wanted: list[Signal]) -> None:
     """Refuse what cannot work before anything is measured; only the data can tell which `meta_*` there are."""
     keep = {name: predicate for name, predicate in spec.keep.items() if "meta_" not in predicate.lower()}
-    unique = tuple(column for column in spec.unique if not column.startswith("meta_"))
+    unique = tuple(column for column in spec.unique if "meta_" not in column)
     with duckdb.connect() as con:
         con.from_arrow(_declared(wanted).empty_table()).create("signals")
         verdicts.check(con, _where(job), spec.model_copy(update={"keep": keep, "unique": unique}))

@@ -36,6 +36,25 @@ WHERE o.raw_shard IS NOT NULL
 ORDER BY c.verdict <> 'kept', c.verdict, md5(c.key), c.key
 """
 
+N_CLUSTERS, N_LOST = 8, 4
+CLUSTERS = """
+WITH verdicts AS (SELECT key, reason, winner FROM read_parquet($verdicts)),
+largest AS (
+  SELECT winner, count(*) AS n_lost FROM verdicts
+  WHERE winner IS NOT NULL GROUP BY winner ORDER BY n_lost DESC, winner LIMIT $n_clusters
+),
+members AS (
+  SELECT winner, n_lost, winner AS key, NULL AS reason FROM largest
+  UNION ALL
+  SELECT winner, n_lost, key, reason FROM verdicts JOIN largest USING (winner)
+  QUALIFY row_number() OVER (PARTITION BY winner ORDER BY key) <= $n_lost
+)
+SELECT winner, n_lost, reason, o.raw_shard, o."offset", o.length
+FROM members JOIN read_parquet($outcomes) AS o ON o.key = members.key
+WHERE o.raw_shard IS NOT NULL
+ORDER BY n_lost DESC, winner, reason IS NOT NULL, members.key
+"""
+
 
 def thumbnail(data: bytes) -> bytes | None:
     """A JPEG of at most THUMB_PX a side, or None where the bytes do not decode."""
@@ -52,23 +71,41 @@ def thumbnail(data: bytes) -> bytes | None:
     return out.getvalue()
 
 
-def verdicts(filtered: Artifact, acquired: Artifact) -> str:
+def verdicts(filtered: Artifact, acquired: Artifact, *, n_each: int = N_EACH, n_reasons: int = N_REASONS) -> str:
     """One source's table: a line per verdict, its samples side by side."""
     import duckdb
 
     files = {"verdicts": filtered.path / "verdicts.parquet", "outcomes": acquired.path / "outcomes.parquet"}
     names = {name: str(path) for name, path in files.items()}
     with duckdb.connect() as con:
-        rows = con.execute(CHOSEN, {**names, "n_each": N_EACH}).fetchall()
+        rows = con.execute(CHOSEN, {**names, "n_each": n_each}).fetchall()
     shown: dict[str, list[str]] = {}
     for verdict, raw_shard, offset, length in rows:
-        if verdict in shown or len(shown) < N_REASONS:
+        if verdict in shown or len(shown) < n_reasons:
             raw = acquired.path / "raw" / f"{raw_shard:05d}.tar"
             shown.setdefault(verdict, []).append(_sample(read_sample(raw, offset, length)))
     if not shown:
         return "(no sample to show)"
-    lines = [[escape(verdict), *cells, *[""] * (N_EACH - len(cells))] for verdict, cells in shown.items()]
-    return _grid(["verdict", *[""] * N_EACH], lines)
+    lines = [[escape(verdict), *cells, *[""] * (n_each - len(cells))] for verdict, cells in shown.items()]
+    return _grid(["verdict", *[""] * n_each], lines)
+
+
+def clusters(filtered: Artifact, acquired: Artifact) -> str:
+    """The largest clusters of duplicates: the sample that stays, then some that went for it; "" where there is none."""
+    import duckdb
+
+    files = {"verdicts": filtered.path / "verdicts.parquet", "outcomes": acquired.path / "outcomes.parquet"}
+    names = {name: str(path) for name, path in files.items()}
+    with duckdb.connect() as con:
+        rows = con.execute(CLUSTERS, {**names, "n_clusters": N_CLUSTERS, "n_lost": N_LOST}).fetchall()
+    lines: dict[str, list[str]] = {}
+    for winner, n_lost, reason, raw_shard, offset, length in rows:
+        raw = acquired.path / "raw" / f"{raw_shard:05d}.tar"
+        shown = _sample(read_sample(raw, offset, length))
+        lines.setdefault(winner, [f"{n_lost:,}"]).append(f"{shown} {escape(reason)}" if reason else shown)
+    width = max(map(len, lines.values()), default=0)
+    grid = [[*cells, *[""] * (width - len(cells))] for cells in lines.values()]
+    return _grid(["gone", "stays", *["went"] * (width - 2)], grid) if grid else ""
 
 
 def answers(evaluated: Artifact, *, n_columns: int = 4) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from solo import artifact, measure
+from solo import artifact, decontaminate, measure, passes
 from solo.artifact import Artifact, Job, Manifest, Result
 from solo.plugin import resolve
 from solo.spec import BenchmarkSpec, MixSpec, RecipeSpec, SourceSpec, SpecError, load
@@ -94,8 +94,11 @@ class Planned:
     last: Manifest | None  # the artifact of this part and name made last, for estimates and comparison
 
 
-def nodes(recipe_name: str, specs: Path) -> list[Node]:
-    """Every artifact of a recipe, inputs before their readers. Reads and checks all specs the recipe names."""
+def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]:
+    """Every artifact of a recipe, inputs before their readers. Reads and checks all specs the recipe names.
+
+    `root` is where passes over URL lists are looked for; without it no source has one.
+    """
     recipe = load(RecipeSpec, recipe_name, specs)
     mixes = [load(MixSpec, stage.mix, specs) for stage in recipe.stages]
     names = list(dict.fromkeys(s.source for mix in mixes for s in mix.sources))
@@ -110,9 +113,13 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
 
     for s in sources:
         identity = {"source": s.name, "revision": s.revision, "acquire": s.acquire.model_dump(mode="json")}
-        add("acquire", s.name, identity)
+        version = _module("acquire").VERSION
+        add("acquire", s.name, passes.identity(root, version, identity) if root else identity)
     for s in sources:
-        measured = {"filter": s.filter.model_dump(mode="json"), "signals": measure.versions(s.filter.signals)}
+        measured = {
+            "filter": s.filter.model_dump(mode="json"),
+            "signals": measure.versions(s.filter.signals, s.filter.arguments),
+        }
         add("filter", s.name, measured, [f"acquire/{s.name}"])
     for s in sources:
         shard = {"shard": s.shard.model_dump(mode="json"), "tokens": tokens}
@@ -121,7 +128,7 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
         add(
             "curate",
             mix.name,
-            {"mix": mix.model_dump(mode="json")},
+            {"mix": mix.model_dump(mode="json")} | _compared(mix, specs),
             [f"shard/{s.source}" for s in mix.sources],
         )
     for stage, mix in zip(recipe.stages, mixes, strict=True):
@@ -145,6 +152,13 @@ def nodes(recipe_name: str, specs: Path) -> list[Node]:
     summary = {"recipe": recipe.name, "title": recipe.title, "licences": licences}
     add("report", recipe.name, summary, [n.id for n in line])
     return line
+
+
+def _compared(mix: MixSpec, specs: Path) -> dict[str, Any]:
+    """What a mix compares itself with: of each benchmark that it names, where its items are and nothing else."""
+    named = [load(BenchmarkSpec, name, specs) for name in mix.decontaminate]
+    fields = {b.name: b.model_dump(mode="json", include={"revision", "location", "adapter", "args"}) for b in named}
+    return {"benchmarks": fields, "decontaminate": decontaminate.VERSION} if fields else {}
 
 
 def _untitled(spec: MixSpec | BenchmarkSpec) -> dict[str, Any]:

@@ -83,12 +83,15 @@ def run(job: Job) -> Result:
 def make_plan(job: Job) -> Result:
     """The plan alone."""
     pack_tokens, batch_packs = job.spec["pack_tokens"], job.spec["batch_packs"]
-    by_source = job.spec["pack_by"] == "source"
+    by_source = job.spec["pack_by"] != "mix"
     lock = job.one("curate").path / "lock.parquet"
     con = duckdb.connect(config={"threads": max(1, job.workers), "temp_directory": str(job.work / "duckdb")})
     params = {"lock": str(lock), "by_source": by_source, "seed": str(job.spec["seed"])}
     pieces = cut(con.sql(EXPOSURES, params=params).to_arrow_table().combine_chunks(), pack_tokens)
-    order, first = assign(pieces, pack_tokens, by_source=by_source)
+    if job.spec["pack_by"] == "sample":
+        order, first = np.arange(len(pieces.row)), np.arange(len(pieces.row) + 1)
+    else:
+        order, first = assign(pieces, pack_tokens, by_source=by_source)
     packs = arrange(pieces, order[first[:-1]], job.spec["seed"])
     job.progress(f"pack/{job.name}: {len(pieces.row)} documents and pieces in {len(packs)} packs")
     if len(packs) < batch_packs:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from solo import data_pages, run_pages
+from solo import data_pages, filter_pages, run_pages
 from solo.artifact import Artifact
 from solo.charts import grouped, stacked
 from solo.markdown import BAR, bar, escape, join, picture
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 PAGES: dict[str, Callable[[Sequence[Artifact], Mapping[str, Artifact]], Iterator[str]]] = {
     "acquire": data_pages.acquire_page,
-    "filter": data_pages.filter_page,
+    "filter": filter_pages.page,
     "shard": data_pages.shard_page,
     "curate": data_pages.curate_page,
     "pack": data_pages.pack_page,
@@ -33,7 +33,7 @@ PAGES: dict[str, Callable[[Sequence[Artifact], Mapping[str, Artifact]], Iterator
 }
 ROWS: dict[str, Callable[[Sequence[Artifact]], Iterator[Row]]] = {
     "acquire": data_pages.acquire_rows,
-    "filter": data_pages.filter_rows,
+    "filter": filter_pages.rows,
     "shard": data_pages.shard_rows,
     "curate": data_pages.curate_rows,
     "pack": data_pages.pack_rows,
@@ -46,6 +46,13 @@ ROWS: dict[str, Callable[[Sequence[Artifact]], Iterator[Row]]] = {
 def page(part: str, artifacts: Sequence[Artifact], inputs: Mapping[str, Artifact] | None = None) -> str:
     """The page of one part; `inputs` (node id -> artifact) adds the pictures that filter shows from acquire."""
     return join(list(PAGES[part](artifacts, inputs or {})))
+
+
+def details(part: str, artifacts: Sequence[Artifact], inputs: Mapping[str, Artifact] | None = None) -> dict[str, str]:
+    """Name -> page of each artifact, for the parts that have one page more for each."""
+    if part != "filter":
+        return {}
+    return {a.manifest.name: join(list(filter_pages.source_page(a, inputs or {}))) for a in artifacts}
 
 
 def table(part: str, artifacts: Sequence[Artifact]) -> list[Row]:

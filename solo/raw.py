@@ -8,6 +8,7 @@ Cost: memory holds ROW_GROUP_ROWS rows; DuckDB sorts on disk where it must.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +28,8 @@ SCHEMA = pa.schema(
         ("status", pa.string()),
         ("error", pa.string()),
         ("http_status", pa.int32()),
+        ("evidence", pa.string()),  # what decided, where that does not change between runs: the rule, header, size
+        ("served_sha256", pa.string()),  # of the body as it came, before anything is decoded
         ("sha256", pa.string()),  # of the stored image bytes in order; of the text where there is no image
         ("bytes", pa.int64()),
         ("n_images", pa.int32()),
@@ -113,14 +116,30 @@ class Spool:
 
 def write_sorted(job: Job, spool: Path) -> None:
     """The outcome table: rows by key, in row groups of one size whatever the number of threads."""
-    aside, pending = job.out / f"{OUTCOMES}.tmp", SCHEMA.empty_table()
-    with duckdb.connect() as db, pq.ParquetWriter(aside, SCHEMA, compression="zstd") as out:
+    with duckdb.connect() as db:
         db.execute(f"SET threads = {job.workers:d}")
-        for batch in db.sql(SORTED, params={"spool": str(spool)}).to_arrow_reader(ROW_GROUP_ROWS):
-            pending = pa.concat_tables([pending, pa.Table.from_batches([batch]).cast(SCHEMA)])
-            while pending.num_rows >= ROW_GROUP_ROWS:
-                out.write_table(pending.slice(0, ROW_GROUP_ROWS))
-                pending = pending.slice(ROW_GROUP_ROWS)
-        if pending.num_rows:
-            out.write_table(pending)
-    aside.replace(job.out / OUTCOMES)
+        rows = db.sql(SORTED, params={"spool": str(spool)}).to_arrow_reader(ROW_GROUP_ROWS)
+        write_groups(job.out / OUTCOMES, SCHEMA, rows)
+
+
+def write_groups(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], n: int = ROW_GROUP_ROWS) -> None:
+    """Stream rows to Parquet in row groups of n, so that the reader's batching leaves no trace in the bytes."""
+    aside = path.with_name(path.name + ".tmp")
+    with pq.ParquetWriter(aside, schema, compression="zstd") as out:
+        for group in regroup(schema, batches, n):
+            out.write_table(group)
+    aside.replace(path)
+
+
+def regroup(schema: pa.Schema, batches: Iterable[pa.RecordBatch], n: int) -> Iterator[pa.Table]:
+    """The same rows in tables of n, the last one shorter."""
+    pending, n_rows = [], 0
+    for batch in batches:
+        pending.append(batch.cast(schema))
+        n_rows += batch.num_rows
+        while n_rows >= n:
+            table = pa.Table.from_batches(pending, schema)
+            yield table.slice(0, n)
+            pending, n_rows = table.slice(n).to_batches(), n_rows - n
+    if n_rows:
+        yield pa.Table.from_batches(pending, schema)

@@ -10,11 +10,15 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from solo.artifact import Artifact, Manifest, read_manifest, write_atomic
 from solo.line import Planned
+
+MOST_ROWS = 12  # of one part and action that a plan lists; --json has all
+REASONS = {"run": "each for its own reason, see --json", "unknown": "reads what runs before", "reuse": "in place"}
 
 
 def plan_json(recipe: str, planned: Sequence[Planned]) -> dict[str, Any]:
@@ -55,12 +59,28 @@ def plan_sentence(planned: Sequence[Planned]) -> str:
         return f"nothing to do: all {n['reuse']} artifacts are in place"
     past = estimate(planned)
     seconds = f"about {past['seconds']:.0f} s by their last runs" if past["seconds"] else "no earlier run to judge by"
+    if past["seconds"] and past["parts_without_a_past"]:
+        seconds += f", without the {past['parts_without_a_past']} that never ran"
     return f"{n['run']} to run, {n['unknown']} depend on those, {n['reuse']} reused; {seconds}"
+
+
+def plan_rows(planned: Sequence[Planned], most: int = MOST_ROWS) -> list[tuple[str, str, str, str]]:
+    """(part, name, action, because) of each node; those of a part that share an action are one row where many."""
+    rows: list[tuple[str, str, str, str]] = []
+    for (part, action), group in groupby(planned, key=lambda p: (p.part, p.action)):
+        same = list(group)
+        if len(same) <= most:
+            rows += [(p.part, p.name, p.action, p.because) for p in same]
+            continue
+        reasons = {p.because for p in same}
+        because = reasons.pop() if len(reasons) == 1 else REASONS[action]
+        rows.append((part, f"{same[0].name} and {len(same) - 1} more", action, because))
+    return rows
 
 
 def plan_page(recipe: str, planned: Sequence[Planned]) -> str:
     """The plan as a page of the UI."""
-    rows = [f"| {p.part} | {p.name} | {p.action} | {_cell(p.because)} |" for p in planned]
+    rows = [f"| {part} | {name} | {action} | {_cell(because)} |" for part, name, action, because in plan_rows(planned)]
     head = [
         f"# Plan of `{recipe}`",
         "",

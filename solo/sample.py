@@ -161,6 +161,15 @@ def read_sample(path: Path, offset: int, length: int) -> Sample:
     return parse_sample(data)
 
 
+def read_messages(tar: BinaryIO, offset: int) -> tuple[Message, ...]:
+    """The messages of the sample at a ledger's offset; its images are not read."""
+    tar.seek(offset)
+    name, data = next(_members(tar))
+    if not name.endswith(".json"):
+        raise ValueError(f"tar member {name!r} at {offset} is not a sample's JSON; make the tar again")
+    return tuple(json.loads(data)["messages"])
+
+
 def _members(tar: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of each member, as `_member` writes them; many times as fast as tarfile, and stricter."""
     while header := tar.read(BLOCK_BYTES):

@@ -3,9 +3,10 @@
 In: raw tars and outcomes of `acquire`, verdicts and signals of `filter`, a `Shard` and a `Tokens` spec. Out:
 `shards/NNNNN.tar`, `.parquet` (ledger rows), `.json` (counts; written last, so a shard counts when it is there) and
 `dropped.parquet`. Invariants: samples lie in the order (raw shard, key), every tar but the last holds
-samples_per_shard; a row's (offset, length) is one whole sample; its counts are those of `tokens.tokenize`; image
-bytes stay as they came, or are those of `solo.regrid` where the source asks for its pictures at their grid; a row says
-which. Cost: two reads of the kept bytes, one tokenisation; images are decoded for `grid_pictures` alone.
+samples_per_shard; a row's (offset, length) is one whole sample; its counts are those of `tokens.tokenize`; image bytes
+stay as they came but for their metadata (`solo.exif`), or are those of `solo.regrid` where the source asks for its
+pictures at their grid; a row says which. Cost: two reads of the kept bytes, one tokenisation; images are decoded for
+`grid_pictures` alone.
 
 Dropping comes before cutting, hence two passes: `count` over raw shards, `write` over output shards.
 """
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from solo import pool
+from solo import exif, pool
 from solo.artifact import Job, Result, write_atomic
 from solo.counts import COUNTED, COUNTS, REASONS, CountUnit, Rules, count
 from solo.filter import connect
@@ -38,10 +39,13 @@ from solo.spec import Shard, Spec, SpecError, Tokens
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # 2: ledger columns for roles and for the form of stored pictures
+VERSION = 3  # 3: pictures that stay as served lose their metadata; the ledger carries what curate compares
 
 # Signals that curate may ask for; those of pictures tell of them as they came.
-CARRIED = ("image_sha256", "phash", "width_px", "height_px", "n_chars", "language", "meta_label", "meta_category")
+CARRIED = (
+    *("image_sha256", "phash", "colours", "text_sha256", "minhash"),
+    *("width_px", "height_px", "n_chars", "language", "meta_label", "meta_category"),
+)
 
 FORM_COUNTS = tuple(f"n_images_{form}" for form in FORMS)
 IMAGE_BYTES = ("image_bytes_in", "image_bytes")
@@ -244,7 +248,7 @@ def with_pictures(sample: Sample, rules: Rules) -> tuple[Sample, dict[str, Any]]
     """The sample as it is stored, and its ledger's columns about pictures."""
     spec, tokens = rules.grid_pictures, rules.tokens
     try:
-        stored = [regrid(data, tokens, spec) if spec else Stored(data, "as_came", None) for data in sample.images]
+        stored = [regrid(data, tokens, spec) if spec else _bare(data) for data in sample.images]
     except ValueError as error:
         raise ValueError(f"{sample.key}: {error}; its filter said that it decodes, run filter again") from error
     forms = Counter(one.form for one in stored)
@@ -252,6 +256,12 @@ def with_pictures(sample: Sample, rules: Rules) -> tuple[Sample, dict[str, Any]]
     row |= {"image_bytes_in": sum(map(len, sample.images)), "image_bytes": sum(len(one.data) for one in stored)}
     row["psnr_db"] = min((one.psnr_db for one in stored if one.psnr_db is not None), default=None)
     return replace(sample, images=tuple(one.data for one in stored)), row
+
+
+def _bare(data: bytes) -> Stored:
+    """A picture as served but for its metadata: where and by whom it was taken is nobody's business here."""
+    bare = exif.strip(data)
+    return Stored(bare, "as_came" if bare == data else "bare", None)
 
 
 def total(shards: Path, n_shards: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+UNPINNED = "unpinned"
 PINNED = re.compile(r"sha256:[0-9a-f]{64}|[0-9a-f]{40}")
 
 Template = Literal["plain", "inst"]
@@ -36,6 +37,13 @@ class Spec(BaseModel):
     """Frozen and strict: an unknown key is an error, so a typo can never silently change a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def pinned(revision: str) -> str:
+    """The revision, if it names bytes or a commit."""
+    if not PINNED.fullmatch(revision):
+        raise ValueError(f"revision {revision!r} is not pinned; use sha256:<64 hex digits> or a 40-digit commit hash")
+    return revision
 
 
 class Licence(Spec):
@@ -54,12 +62,28 @@ class Acquire(Spec):
     samples_per_shard: int = Field(gt=0)
 
 
+class Near(Spec):
+    """How alike two samples may be before one of them is dropped; what is left out is not compared."""
+
+    image: int | None = Field(default=None, ge=0, le=3, description="bits of 64 in which `phash` may differ")
+    colour: int | None = Field(default=None, ge=0, le=255, description="and levels in which `colours` may differ")
+    text: float | None = Field(default=None, ge=0.7, le=1, description="share of equal minima in `minhash`")
+
+    @model_validator(mode="after")
+    def _colour_of_an_image(self) -> Near:
+        if self.colour is not None and self.image is None:
+            raise ValueError("colour narrows what image finds; give image (0..3) too")
+        return self
+
+
 class Filter(Spec):
-    """Signals to compute, predicates that keep a sample, columns whose exact repeats are dropped."""
+    """Signals to compute, predicates that keep a sample, columns whose exact repeats are dropped, what is too alike."""
 
     signals: tuple[str, ...] = Field(description="`module.function` in solo/signals/, in order")
+    arguments: dict[str, dict[str, JsonValue]] = Field(default={}, description="signal -> its own arguments")
     keep: dict[str, str] = Field(description="name -> SQL over signal columns; the first not true is the reason")
-    unique: tuple[str, ...] = ()
+    unique: tuple[str, ...] = Field(default=(), description="columns, or `a + b`: equal in both")
+    near: Near = Near()
 
 
 class GridPictures(Spec):
@@ -76,24 +100,58 @@ class Shard(Spec):
     grid_pictures: GridPictures | None = Field(default=None, description="null: original bytes; the loader resizes")
 
 
+class Upstream(Spec):
+    """Where a source is published, and in what form: for people, and for `solo sources` and `solo check`."""
+
+    id: str = Field(description="`huggingface:owner/name`, or the publisher's own name")
+    url: str
+    files: tuple[str, ...] = Field(description="what to fetch, as named there")
+    layout: str = Field(description="the published form, in a line")
+    download_bytes: int | None = Field(default=None, gt=0, description="of those files, where it is known")
+
+
+class Expected(Spec):
+    """What the paper counts of a source (Tables 1 and 2); the ledger of a run is compared with it."""
+
+    samples: int | None = Field(default=None, gt=0)
+    images: int | None = Field(default=None, ge=0)
+    packs: int | None = Field(default=None, gt=0, description="of 32,768 tokens")
+    text_tokens: int | None = Field(default=None, ge=0, description="image marks and row separators are text")
+    vision_tokens: int | None = Field(default=None, ge=0, description="patches")
+    origin: str = Field(description="where these numbers are from")
+
+
+class Choice(Spec):
+    """What upstream does not say, decided here."""
+
+    choice: str
+    reason: str
+
+
 class SourceSpec(Spec):
-    """One upstream dataset: one YAML, one licence, one pinned revision."""
+    """One upstream dataset: one YAML, one licence, one revision. What describes it only changes no fingerprint."""
 
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     title: str
     licence: Licence
-    revision: str = Field(description="sha256:<64 hex> of the data at `location`, or a 40-hex commit")
+    revision: str = Field(description="sha256:<64 hex> of the data at `location`, a 40-hex commit, or `unpinned`")
     modality: Literal["image-text", "text"]
+    upstream: Upstream | None = None
+    messages: str | None = Field(
+        default=None, description="how a record becomes turns: roles, template, one QA or many"
+    )
+    expected: Expected | None = None
+    choices: tuple[Choice, ...] = ()
+    notes: tuple[str, ...] = Field(default=(), description="known traps")
+    unchecked: tuple[str, ...] = Field(default=(), description="fields of this file not checked against upstream")
     acquire: Acquire
     filter: Filter
     shard: Shard
 
     @field_validator("revision")
     @classmethod
-    def _pinned(cls, value: str) -> str:
-        if not PINNED.fullmatch(value):
-            raise ValueError(f"revision {value!r} is not pinned; use sha256:<64 hex digits> or a 40-digit commit hash")
-        return value
+    def _named(cls, value: str) -> str:
+        return value if value == UNPINNED else pinned(value)
 
 
 class MixSource(Spec):
@@ -121,6 +179,9 @@ class MixSpec(Spec):
     title: str
     seed: int
     budget_tokens: int | None = Field(default=None, gt=0, description="required iff a source is drawn by weight")
+    unique: tuple[str, ...] = Field(default=(), description="as a source's, across sources: the first listed wins")
+    near: Near = Field(default=Near(), description="as a source's, across sources: the first listed wins")
+    decontaminate: tuple[str, ...] = Field(default=(), description="benchmarks whose items may not be in the mix")
     sources: tuple[MixSource, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -152,6 +213,7 @@ class Tokens(Spec):
     patch_px: int = Field(gt=0)
     max_side_px: int = Field(gt=0)
     image_close: ImageClose
+    plain_eos: bool | None = Field(default=None, description="plain documents end in EOS, with loss; upstream: false")
 
 
 class ModelSpec(Spec):
@@ -183,8 +245,9 @@ class Stage(Spec):
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     mix: str
     pack_tokens: int = Field(gt=1)
-    pack_by: Literal["source", "mix"] = Field(
-        description="source: a pack holds one source, as upstream, but its last, not full, may be shared; mix: any"
+    pack_by: Literal["source", "mix", "sample"] = Field(
+        description="source: a pack holds one source, as upstream, but its last, not full, may be shared; mix: any; "
+        "sample: one document a pack, as upstream's SFT"
     )
     batch_packs: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
@@ -244,7 +307,7 @@ class BenchmarkSpec(Spec):
     max_new_tokens: int = Field(gt=0)
     chance: float = Field(ge=0, le=1)
 
-    _pinned = field_validator("revision")(SourceSpec._pinned.__func__)  # type: ignore[attr-defined]
+    _pinned = field_validator("revision")(pinned)
 
 
 S = TypeVar("S", bound=Spec)

@@ -2,7 +2,7 @@
 
 In: a `Sample` and the patch grids of its images. Out: a `Document`; a pack is documents end to end, no more.
 Invariants: text can never produce a control or vision id, those are inserted by id; only assistant text (and
-the EOS after an `inst` answer) is a target; position 0 is never one. Cost: the tokenizer's; image blocks are cached
+the EOS after it, if any) is a target; position 0 is never one. Cost: the tokenizer's; image blocks are cached
 arrays: no Python loop over patches.
 """
 
@@ -57,10 +57,10 @@ class Document:
 def tokenize(sample: Sample, grids: Sequence[tuple[int, int]], tokenizer: Tokenizer, template: Template) -> Document:
     """A sample as one document.
 
-    plain: BOS, then all pieces of all turns in order; no markup, no EOS. inst: the blocks of all images, then
-    BOS "[INST] user [/INST]" answer EOS, later turns without BOS. There a turn's text items are joined by a
-    newline (the image that stood between them has moved to the front), a leading system turn precedes the
-    first user text, and a conversation that ends with a user turn is a prompt to complete.
+    plain: BOS, then all pieces of all turns in order; no markup, EOS only with `plain_eos`. inst: the blocks of
+    all images, then BOS "[INST] user [/INST]" answer EOS, later turns without BOS. There a turn's text items are
+    joined by a newline (the image that stood between them has moved to the front), a leading system turn precedes
+    the first user text, and a conversation that ends with a user turn is a prompt to complete.
     """
     n_items = sum(item["type"] == "image" for message in sample.messages for item in message["content"])
     if n_items != len(grids):
@@ -122,6 +122,8 @@ def _plain(document: _Pieces, sample: Sample, grids: list[tuple[int, int]]) -> N
                 document.image(next(remaining), "plain")
             else:
                 document.text(item["text"], message["role"], target=message["role"] == "assistant")
+    if document.tokenizer.tokens.plain_eos and sample.messages[-1]["role"] == "assistant":
+        document.add([document.vocabulary.eos], "assistant", target=True)
 
 
 def _inst(document: _Pieces, sample: Sample, grids: list[tuple[int, int]]) -> None:

@@ -36,7 +36,9 @@ from solo.spec import ModelSpec, Stage, Tokens
 from solo.tokenizer import Tokenizer, check_model
 from solo.watch import Metrics, Watch
 
-VERSION = 3  # 3: trained.parquet says why a document was left out
+# 2: trained.parquet names the documents left out; counts are of documents. 3: a saved processor says plain_eos
+# 4: trained.parquet says why a document was left out
+VERSION = 4
 
 log = logging.getLogger(__name__)
 

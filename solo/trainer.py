@@ -266,6 +266,11 @@ class Trainer:
                 "step_s": round(seconds[-1], 4),
                 "eta_s": round(typical_s * (self.n_steps - self.step), 1),
             }
+            | (
+                {"peak_gib": round(torch.cuda.max_memory_allocated() / memory.GIB, 2)}
+                if torch.cuda.is_available()
+                else {}
+            )
         )
 
     def save(self) -> bool:

@@ -1,28 +1,31 @@
-"""What adapters read: JSON records by line or in one array, and images by name in tars, zips or folders.
+"""What adapters read: JSON records by line or in one array, and the records of webdataset tars.
 
-In: files as upstream published them. Out: records with an identity, image bytes. Invariant: a damaged record or member
-is a Rejected with a status, never a crash; a missing file is a ValueError that names what its folder has; nothing
-outside the named files is read. Cost: one pass over an archive's headers, then a seek and a read for each image.
+In: files as upstream published them. Out: records with an identity. Invariant: a damaged record or member is a Rejected
+with a status, never a crash; a missing file is a ValueError that names what its folder has. Cost: one pass; memory
+holds one line, one item of an array (and a megabyte around it) or one record of a tar.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
-import logging
+import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from solo.sample import BLOCK_BYTES, IMAGE, Message, Rejected, text
+from solo.sample import BLOCK_BYTES, IMAGE, Message, Rejected, Sample, make_key, text
 
-log = logging.getLogger(__name__)
-
-MEMBER_BYTES = 256 << 20  # a larger image is a decompression bomb or a mistake
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+CHUNK_BYTES = 1 << 20
+ITEM_BYTES = 64 << 20  # an array's item that is longer is damage: what follows cannot be told from it
+BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 Record = dict[str, Any]
 
@@ -72,30 +75,80 @@ def parse(raw: bytes | str, identity: str) -> Record | Rejected:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Record | Rejected]]:
-    """Records of a .jsonl, .jsonl.gz or .jsonl.zst file as (`file:line`, record); blank lines are no records."""
+    """Records of a file of JSON lines as (`file:line`, record): plain, .gz, .zst, .lz4, .bz2 or the only one in a .zip.
+
+    Blank lines are no records.
+    """
     n = 0
-    with pa.input_stream(str(path), compression="detect") as stream, io.BufferedReader(stream) as lines:
+    with _lines(path) as lines:
         try:
             for n, line in enumerate(lines, start=1):
                 if line.strip():
                     identity = f"{path.name}:{n}"
                     yield identity, parse(line, identity)
-        except OSError:
+        except (OSError, zipfile.BadZipFile, EOFError):
             identity = f"{path.name}:{n + 1}"
             yield identity, Rejected(identity, "bad_record", "the file is damaged from here on")
 
 
-def json_array(path: Path) -> Iterator[tuple[str, Record | Rejected]]:
-    """Records of a file that is one JSON array, as (`file[i]`, record); the file's text is held whole."""
+@contextlib.contextmanager
+def _lines(path: Path) -> Iterator[BinaryIO]:
+    if path.suffix != ".zip":
+        with pa.input_stream(str(path), compression="detect") as stream, io.BufferedReader(stream) as lines:
+            yield lines
+        return
     try:
-        items = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({type(error).__name__}); fetch the file again") from None
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: expected a JSON array of records, got {type(items).__name__}")
-    for i, item in enumerate(items):
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path}: not a zip; fetch it again") from None
+    with archive:
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        if len(names) != 1:
+            raise ValueError(f"{path}: expected one file of JSON lines in the zip, found {names[:5]}")
+        with archive.open(names[0]) as lines:
+            yield lines  # type: ignore[misc]
+
+
+def json_array(path: Path) -> Iterator[tuple[str, Record | Rejected]]:
+    """Records of a file that is one JSON array, as (`file[i]`, record), one after the other."""
+    for i, (_, raw) in enumerate(array_items(path)):
         identity = f"{path.name}[{i}]"
-        yield identity, parse(json.dumps(item), identity)
+        yield identity, parse(raw, identity) if raw else Rejected(identity, "bad_record", "damaged from here on")
+
+
+def array_items(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Byte offset and bytes of each item of a JSON array; b"" stands for all from where it is damaged."""
+    decoder = json.JSONDecoder()
+    with path.open("rb") as file:
+        # Latin-1 gives one character for each byte, so places in the text are places in the file.
+        buffer, start, at = file.read(CHUNK_BYTES).decode("latin-1"), 0, 0
+        at = len(buffer) - len(buffer.removeprefix("\xef\xbb\xbf").lstrip())
+        if buffer[at : at + 1] != "[":
+            raise ValueError(
+                f"{path}: expected a JSON array of records, found {buffer[at : at + 20]!r}; fetch it again"
+            )
+        at += 1
+        while True:
+            at = BETWEEN_ITEMS.match(buffer, at).end()  # type: ignore[union-attr]
+            if buffer[at : at + 1] == "]":
+                return
+            end = _end_of_item(decoder, buffer, at)
+            if end is not None and (end < len(buffer) or buffer[end - 1] in '}]"'):  # a number may go on
+                yield start + at, buffer[at:end].encode("latin-1")
+                at = end
+                continue
+            more = file.read(max(CHUNK_BYTES, len(buffer) - at)) if len(buffer) - at < ITEM_BYTES else b""
+            if not more:
+                yield start + at, b""
+                return
+            buffer, start, at = buffer[at:] + more.decode("latin-1"), start + at, 0
+
+
+def _end_of_item(decoder: json.JSONDecoder, buffer: str, at: int) -> int | None:
+    try:
+        return decoder.raw_decode(buffer, at)[1]
+    except (ValueError, RecursionError):
+        return None
 
 
 def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
@@ -110,91 +163,62 @@ def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]
                 raise tarfile.ReadError("damaged header")
 
 
-class Pictures:
-    """Images by name in one or more uncompressed tars, zips or folders; the first that has a name answers."""
+def tar_records(path: Path, suffixes: Collection[str]) -> Iterator[tuple[str, dict[str, bytes] | Rejected]]:
+    """Records of a webdataset tar: (stem, suffix -> bytes of the members wanted); what follows damage is one Rejected.
 
-    def __init__(self, location: Path, names: str | Sequence[str]) -> None:
-        self.sources: list[Callable[[str], bytes | None]] = []
-        for name in [names] if isinstance(names, str) else names:
-            paths = sorted(location.glob(name)) if "*" in name else [existing(location, name)]
-            self.sources += [_opened(path) for path in paths]
-        if not self.sources:
-            have = sorted(p.name for p in location.iterdir())
-            raise ValueError(f"{location}: nothing matches {names!r}; it has {have}")
-
-    def read(self, name: object, identity: str) -> bytes | Rejected:
-        """The image's bytes, or the record's rejection."""
-        if not isinstance(name, str) or not name:
-            return Rejected(identity, "bad_record", "image is not a file name")
-        try:
-            data = next((found for source in self.sources if (found := source(name)) is not None), None)
-        except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            return Rejected(identity, "bad_record", f"{name}: cannot be read ({type(error).__name__})")
-        if data is None:
-            return Rejected(identity, "missing_image", f"{name} is in none of the image archives")
-        return data or Rejected(identity, "empty", f"{name} has 0 bytes")
-
-
-def _opened(path: Path) -> Callable[[str], bytes | None]:
-    if path.is_dir():
-        root = path.resolve()
-        return lambda name: _below(root, name)
-    if path.suffix == ".zip":
-        archive = zipfile.ZipFile(path)
-        return lambda name: _zipped(archive, name)
-    index: dict[str, tuple[int, int]] = {}
+    A record is a run of members with one stem, up to the first dot of the name; its suffix is what follows the last.
+    """
+    stem, members = "", dict[str, bytes]()
+    damage = None
     try:
-        for _, member in tar_members(path):
-            if member.isreg():
-                index[member.name.removeprefix("./")] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        if not index:
-            remedy = "give an uncompressed tar, since members are read by index"
-            raise ValueError(f"{path}: {error}; {remedy}") from None
-        log.warning("%s: %s after %d members; images behind that are missing", path, error, len(index))
-    file = path.open("rb")
-    return lambda name: _sliced(file, index.get(name.removeprefix("./")))
+        for tar, member in tar_members(path):
+            if member.isdir():
+                continue
+            name, suffix, data = _stem(member), member.name.rpartition(".")[2].lower(), None
+            if member.isreg() and suffix in suffixes:
+                file = tar.extractfile(member)
+                assert file is not None
+                data = file.read()
+            if name != stem and stem:
+                yield stem, members
+            if name != stem:
+                stem, members = name, {}
+            if data is not None:
+                members[suffix] = data
+    except (tarfile.TarError, OSError):
+        place = f"{path.name} after {stem or 'its beginning'}"
+        damage = Rejected(place, "bad_record", "the tar is damaged from here on")
+    if stem:
+        yield stem, members
+    if damage:
+        yield stem, damage
 
 
-def _below(root: Path, name: str) -> bytes | None:
-    path = (root / name).resolve()
-    inside = path.is_relative_to(root) and path.is_file()
-    if inside and path.stat().st_size > MEMBER_BYTES:
-        raise ValueError("too large")
-    return path.read_bytes() if inside else None
+def _stem(member: tarfile.TarInfo) -> str:
+    folder, _, name = printable(member.name.removeprefix("./")).rpartition("/")
+    return f"{folder}/{name.split('.')[0]}" if folder else name.split(".")[0]
 
 
-def _zipped(archive: zipfile.ZipFile, name: str) -> bytes | None:
-    if name not in archive.NameToInfo:
-        return None
-    if archive.NameToInfo[name].file_size > MEMBER_BYTES:
-        raise ValueError("too large")
-    return archive.read(name)
+def by_content(
+    source: str, images: Sequence[bytes], messages: tuple[Message, ...], meta: Record, *, identity: str = ""
+) -> Sample:
+    """A sample whose key is its content (and `identity`), for sets that give no id which is surely unique."""
+    digests = [hashlib.sha256(data).hexdigest() for data in images]
+    key = make_key(source, canonical({"identity": identity, "images": digests, "messages": messages}))
+    return Sample(key, source, tuple(images), messages, meta)
 
 
-def _sliced(file: io.BufferedReader, place: tuple[int, int] | None) -> bytes | None:
-    if place is None:
-        return None
-    if place[1] > MEMBER_BYTES:
-        raise ValueError("too large")
-    file.seek(place[0])
-    data = file.read(place[1])
-    if len(data) < place[1]:
-        raise ValueError("the archive is cut short")
-    return data
-
-
-def dialogue(turns: object, *, has_image: bool) -> tuple[Message, ...]:
-    """User and assistant in turn, the image (if any) first in the first user turn; ValueError says what is wrong."""
+def dialogue(turns: object, *, n_images: int) -> tuple[Message, ...]:
+    """User and assistant in turn, the images first in the first user turn; ValueError says what is wrong."""
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise ValueError("turns are not a list of texts")
     if len(turns) % 2:
         raise ValueError(f"{len(turns)} turns; the last question has no answer")
     messages: list[Message] = []
     for i, turn in enumerate(turns):
-        is_answer, image = i % 2 == 1, has_image and i == 0
-        if not turn.strip() and not image:
+        images = [IMAGE] * n_images if i == 0 else []
+        if not turn.strip() and not images:
             raise ValueError(f"turn {i} is empty")
-        content = [*([IMAGE] if image else []), *([text(turn)] if turn.strip() else [])]
-        messages.append({"role": "assistant" if is_answer else "user", "content": content})
+        content = [*images, *([text(turn)] if turn.strip() else [])]
+        messages.append({"role": ("user", "assistant")[i % 2], "content": content})
     return tuple(messages)

@@ -19,6 +19,16 @@ ONE = {"SOLO_RANKS": "1", "SOLO_WORKERS": "1"}
 os.environ.setdefault("WDS_SECURE", "1")  # webdataset would unpickle members else
 
 
+# The files that take longest begin first, so that two processes end together.
+LONGEST = ("test_server", "test_recipe", "test_train", "test_cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files, and nothing inside them."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SOLO_ROOT", "SOLO_SPECS", "SOLO_WORKERS", "SOLO_RANKS", "SOLO_DEEPSPEED"):

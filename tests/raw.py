@@ -77,10 +77,10 @@ def job(part, spec, inputs, root, *, workers=1, version=1):
     return Job(part, SOURCE, version, spec, by_id, root, root / "specs", workers)
 
 
-def filtered(root, source, *, signals=("image.size", "image.hashes", "text.size"), keep=None, unique=(), workers=1):
+def filtered(root, source, *, signals=("image.size", "image.hashes", "text.size"), workers=1, **fields):
     """Run filter over an acquire artifact."""
-    fields = {"signals": list(signals), "keep": keep or {}, "unique": list(unique)}
-    return make(job("filter", {"filter": fields}, [source], root, workers=workers), filter_part.run)[0]
+    spec = {"signals": list(signals), "keep": {}} | fields
+    return make(job("filter", {"filter": spec}, [source], root, workers=workers), filter_part.run)[0]
 
 
 def sharded(root, samples, *, size=4, template="plain", workers=1, tokens=TOKENS, jpeg_quality=None, **how):

@@ -282,7 +282,7 @@ def test_questions(tmp_path):
     ("module", "missing"),
     [
         (webdataset_labels, "mapping.txt"),
-        (llava, "images.zip"),
+        (llava, "chat.json"),
         (conversations_jsonl, "images.tar"),
         (questions, "images.tar"),
         (ultrachat, "*.jsonl"),

@@ -101,6 +101,7 @@ def other_data(base: Path) -> Env:
 def no_img2dataset(base: Path) -> Env:
     (base / "specs" / "data" / "urls.csv").write_text("url,caption\nhttp://images.sample.test/a.png,a cat\n")
     args = {"url_column": "url", "caption_column": "caption", "extra_columns": [], "timeout_s": 5, "max_side_px": 64}
+    args["user_agent"] = "toybot/1 (+https://example.org/bot)"
     acquire = {"location": "data/urls.csv", "adapter": "url_list.download", "args": args, "samples_per_shard": 5}
     tiny.edit(base / "specs", "sources/toy-text.yaml", acquire=acquire)
     tiny.edit(base / "specs", "sources/toy-text.yaml", revision="0" * 40)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,12 +20,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from solo import acquire, download, img2dataset_guard, url_rows
+from solo import acquire, download, url_rows
 from solo.artifact import Job, make
+from solo.isolated import address as addresses
+from solo.isolated.rules import Rules
+from solo.isolated.web import Guest
 from solo.origin import Origin
 from solo.sample import IMAGE, read_sample, text
 
 HOST = "http://images.example.test"
+RULES = Rules("test/1 (test@example.org)", "", "")
 N_PLAIN = 110  # with the rest more than rows_per_shard, so that there are two img2dataset shards
 
 pytestmark = pytest.mark.skipif(
@@ -104,7 +108,7 @@ def build(specs):
     (origin / "picture.png").write_bytes(encoded("PNG"))
     with (origin / "huge.jpg").open("wb") as file:
         file.write(encoded("JPEG"))
-        file.truncate(img2dataset_guard.BODY_BYTES + 1)
+        file.truncate(Rules.max_bytes + 1)
     (origin / "routes.json").write_text(json.dumps(ROUTES))
     urls, captions, _, _ = zip(*rows(), strict=True)
     table = pa.table({"image_url": urls, "text": captions, "licence": [f"L{i}" for i in range(len(urls))]})
@@ -156,21 +160,6 @@ def killed_run(folder):
     return subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode
 
 
-def unguarded_run(folder):
-    """Plain img2dataset on a file: URL and a loopback URL; the statuses it gives."""
-    with Origin(folder / "specs/origin") as origin:
-        (folder / "secret.jpg").write_bytes(encoded("JPEG"))
-        urls = [f"file://{folder}/secret.jpg", f"http://{origin.address}/0.jpg"]
-        listed = folder / "plain.parquet"
-        pq.write_table(pa.table({"url": urls, "caption": ["a", "b"], "solo_key": ["a", "b"]}), listed)
-        spec = url_rows.UrlList("web", listed, "url", "caption", (), 1, 128)
-        options = download.command(spec, listed, folder / "plain", 1)
-        python = [str(download.environment()), "-I", "-m", "img2dataset.main"]
-        env = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"}
-        subprocess.run([*python, *options], check=True, capture_output=True, env=env, timeout=120)
-    return pq.read_table(folder / "plain/00000.parquet").column("status").to_pylist()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("download")
@@ -180,12 +169,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """The undisturbed artifact, the exit code of the killed run, and the statuses of the unguarded twin."""
+    """The undisturbed artifact, and the exit code of the killed run."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         killed = pool.submit(killed_run, folder)
-        unguarded = pool.submit(unguarded_run, folder)
         artifact, _ = make(job(folder, "root", workers=2), acquire.run)
-        return artifact, killed.result(), unguarded.result()
+        return artifact, killed.result()
 
 
 @pytest.fixture(scope="module")
@@ -226,18 +214,16 @@ def test_headers_and_times_are_kept_apart(runs):
     assert entry["volatile"]
     table = pq.read_table(runs[0].path / "fetch.parquet").to_pylist()
     by_url = {row["url"]: row for row in table}
-    assert by_url[f"{HOST}/noai.jpg"]["x_robots_tag"] == "noai"
+    noai = by_url[f"{HOST}/noai.jpg"]
+    assert dict(noai["headers"])["x-robots-tag"] == "noai" and noai["evidence"] == "x-robots-tag: noai"
+    assert noai["robots"] == "none (404)"
     assert by_url[f"{HOST}/moved.jpg"]["redirects"] == [f"{HOST}/0.jpg"]
     assert by_url[f"{HOST}/private.jpg"]["redirects"] == ["http://127.0.0.1:9/x.jpg"]
     assert all(row["fetched_at"] for row in table if row["url"].startswith(HOST))
 
 
-def test_without_the_guard_files_and_private_addresses_are_fetched(runs):
-    assert runs[2] == ["success", "success"]
-
-
 def test_killed_and_run_again_is_the_same_bytes(runs, folder):
-    artifact, exit_code, _ = runs
+    artifact, exit_code = runs
     assert exit_code == -signal.SIGKILL
     half = job(folder, "killed")
     done = sorted(p.name for p in (half.work / "seen").iterdir())
@@ -268,7 +254,7 @@ def test_rows_img2dataset_loses_are_said(folder, tmp_path):
     row = {"row": 3, "key": "web-1", "url": "u", "caption": "c", "extra": "{}"}
     pq.write_table(pa.Table.from_pylist([row]), listed)
     lost = Job("acquire", "web", 1, {}, {}, tmp_path, tmp_path, 1)
-    spec = url_rows.UrlList("web", listed, "url", "caption", (), 1, 128)
+    spec = url_rows.UrlList("web", listed, "url", "caption", RULES)
     items = list(download._shard_items(spec, lost, listed, 0))
     assert [(item.identity, item.status) for item in items] == [("row 3", "lost")]
 
@@ -303,7 +289,7 @@ def test_a_missing_environment_is_one_line_with_the_remedy(monkeypatch, tmp_path
     ],
 )
 def test_public_addresses(address, public):
-    assert img2dataset_guard.is_public(address) is public
+    assert addresses.is_public(address) is public
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -316,7 +302,7 @@ def test_lists_of_each_format_give_the_same_rows(tmp_path, suffix):
         path.write_text("".join(json.dumps({"u": u, "c": c}) + "\n" for u, c in values))
     else:
         pq.write_table(pa.table({"u": [u for u, _ in values], "c": [c for _, c in values]}), path)
-    spec = url_rows.UrlList("s", path, "u", "c", (), 1, 128)
+    spec = url_rows.UrlList("s", path, "u", "c", RULES)
     url_rows.write_rows(spec, tmp_path / "rows.parquet")
     table = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert [(r["row"], r["fault"]) for r in table] == [(0, None), (1, None), (2, "bad_record"), (3, "empty")]
@@ -325,7 +311,7 @@ def test_lists_of_each_format_give_the_same_rows(tmp_path, suffix):
 
 def test_an_absent_column_is_named_with_those_there(tmp_path):
     pq.write_table(pa.table({"u": ["x"]}), tmp_path / "list.parquet")
-    spec = url_rows.UrlList("s", tmp_path / "list.parquet", "url", "c", (), 1, 128)
+    spec = url_rows.UrlList("s", tmp_path / "list.parquet", "url", "c", RULES)
     with pytest.raises(ValueError, match=r"no column \['url', 'c'\]; it has \['u'\]"):
         url_rows.write_rows(spec, tmp_path / "rows.parquet")
 
@@ -340,11 +326,8 @@ def test_the_origin_serves_nothing_outside_its_folder(folder):
     assert (folder / "specs/origin/../urls.parquet").exists()
 
 
-def test_a_page_of_bad_urls_never_raises_anything_but_failed(monkeypatch):
-    monkeypatch.setattr(img2dataset_guard, "MAPPED", {})
-    opener = img2dataset_guard.Opener()
-    for handler in (img2dataset_guard.PlainHandler, img2dataset_guard.SecureHandler, urllib.request.UnknownHandler):
-        opener.add_handler(handler())
+def test_a_page_of_bad_urls_never_raises_anything_but_failed(tmp_path):
+    guest = Guest(replace(RULES, shared=str(tmp_path)))
     wanted = {
         "http://127.1/": "refused_address",
         "https://localhost/x": "refused_address",
@@ -357,9 +340,4 @@ def test_a_page_of_bad_urls_never_raises_anything_but_failed(monkeypatch):
         "gopher://x/": "refused_scheme",
         "javascript:alert(1)": "refused_scheme",
     }
-    found = {}
-    for url in wanted:
-        with pytest.raises(img2dataset_guard.Failed) as failed:
-            opener.open(urllib.request.Request(url), timeout=2)
-        found[url] = failed.value.status
-    assert found == wanted
+    assert {url: guest.visit(url).failed.status for url in wanted} == wanted

@@ -131,6 +131,14 @@ def test_packs_table_sums_the_plan(root: Path) -> None:
     assert sum(r["n_rows"] for r in packs(made)) == len(everything)
 
 
+def test_pack_by_sample_holds_one_document_a_pack(root: Path) -> None:
+    made = run(root, mixed(), by="sample", batch=2)
+    members = Counter(r["pack"] for r in plan(made))
+    pieces = 60 * 2 + 30 + 1 + 2 + 4 + 20  # captions twice, texts (three longer than a pack are cut), chat without one
+    assert set(members.values()) == {1} and len(members) == pieces - pieces % 2
+    assert {p["source"] for p in packs(made)} == {"captions", "chat", "text"}
+
+
 def test_pack_by_source_mixes_only_the_ends_and_pack_by_mix_does(root: Path) -> None:
     apart, together = run(root, mixed(), by="source"), run(root, mixed(), by="mix")
     sources = {r["pack"]: set() for r in plan(apart)}

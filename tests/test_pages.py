@@ -5,14 +5,16 @@ import io
 import json
 import re
 
+import duckdb
 import finished
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from solo import charts, markdown, pages
+from solo import charts, filter_pages, markdown, pages
 from solo.line import PARTS
+from solo.spec import Filter
 
 LIMIT_BYTES = 256_000
 CONTROLS = ("\u202e", "\u202c", "\u0007")
@@ -26,6 +28,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> finished.Recipe:
 @pytest.fixture(scope="module")
 def written(recipe: finished.Recipe) -> dict[str, str]:
     found = {part: pages.page(part, recipe.of(part), inputs=recipe.made) for part in PARTS}
+    sources = pages.details("filter", recipe.of("filter"), recipe.made)
+    found |= {f"filter of {name}": page for name, page in sources.items()}
     return found | {"overview": pages.overview(list(recipe.made.values()))}
 
 
@@ -85,6 +89,23 @@ def test_pages_tell_the_counts(written: dict[str, str], recipe: finished.Recipe)
     assert f"{pack['attention_imbalance']['2_ranks']['ordered']['max']:.3f}" in written["pack"]
     assert f"{pack['proof']['tolerance']:g} nats allowed" in written["pack"]
     assert f"{recipe.made['train/toy-stage'].manifest.stats['n_tokens']:,}" in written["overview"]
+
+
+def test_the_page_of_a_source_tells_its_rules_and_shows_its_clusters(written: dict[str, str]) -> None:
+    page = written["filter of toy-pictures"]
+    dropped = [line.split("|")[1:5] for line in page.split("\n\n")[2].splitlines()[2:]]
+    left = [int(cells[3].replace(",", "")) for cells in dropped]
+    lost = [int(cells[2].replace(",", "")) for cells in dropped]
+    assert all(before - n == after for before, after, n in zip(left, left[1:], lost[1:], strict=False))
+    assert "## Duplicates" in page and "## Resolution" in page and "data:image/png" in page
+
+
+def test_a_string_that_quotes_code_is_no_threshold(recipe: finished.Recipe) -> None:
+    con = duckdb.connect()
+    con.execute("CREATE TABLE judged AS SELECT 'x' AS meta_label, 3 AS n_chars, TRUE AS keep")
+    quoting = "meta_label <> ' AND (SELECT count(*) FROM read_text(''/etc/passwd'')) > 0 AND n_chars > 2 AND '"
+    spec = Filter(signals=(), keep={"a": quoting, "b": "n_chars >= 2 AND meta_label = 'x'"})
+    assert [(p.title, p.limit) for p in filter_pages._cuts(con, spec)] == [("n_chars", 2.0), ("n_chars", 2.0)]
 
 
 @pytest.mark.parametrize("part", PARTS)

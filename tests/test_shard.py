@@ -16,9 +16,9 @@ import webdataset
 from PIL import Image
 from raw import TOKENS, picture, rows, same_files, sample, sharded
 
-from solo import data_pages
+from solo import data_pages, exif
 from solo.line import CHECKOUT
-from solo.patches import grid, image_size, patchify
+from solo.patches import grid, image_size, open_rgb, patchify
 from solo.sample import IMAGE, Sample, parse_samples, read_sample, read_samples, text
 from solo.spec import SpecError, Tokens
 from solo.tokens import Tokenizer, tokenize
@@ -110,11 +110,26 @@ def test_columns_of_the_ledger(root):
     base = ["key", "source", "shard", "offset", "length", *COUNTS, "template", "sha256"]
     base += [*FORMS, "image_bytes_in", "image_bytes", "psnr_db"]
     made = sharded(root, [sample(1, images=[picture(40, 40)], label="cat", url="u"), sample(2)])
-    carried = ["image_sha256", "phash", "width_px", "height_px", "n_chars"]
+    carried = ["image_sha256", "phash", "text_sha256", "width_px", "height_px", "n_chars"]
     assert list(ledger(made)[0]) == [*base, *carried, "meta_label"]
     assert [(row["width_px"], row["meta_label"]) for row in ledger(made)] == [(40, "cat"), (None, None)]
     bare = sharded(root, [sample(1, category="x"), sample(2)], signals=["text.language"])
     assert list(ledger(bare)[0]) == [*base, "language", "meta_category"]
+
+
+def test_no_place_reaches_a_shard(root):
+    placed = Image.Exif()
+    placed[0x0112] = 6
+    placed.get_ifd(0x8825).update({1: "N", 2: (48.0, 8.0, 1.0)})
+    given = [picture(40, 30, kind=kind, exif=placed.tobytes()) for kind in ("JPEG", "PNG", "WEBP")]
+    one = sample(1, images=[*given, picture(40, 30)])
+    made = sharded(root, [one])
+    (row,) = ledger(made)
+    (stored,) = parse_samples(io.BytesIO((made.path / "shards" / "00000.tar").read_bytes()))
+    assert [exif.read(data)[0] for data in one.images] == [True, True, True, False]
+    assert [exif.read(data)[0] for data in stored.images] == [False] * 4
+    assert [open_rgb(a).tobytes() for a in one.images] == [open_rgb(b).tobytes() for b in stored.images]
+    assert (row["n_images_bare"], row["n_images_as_came"]) == (3, 1)
 
 
 def test_tars_are_plain_tars_and_webdatasets(made):

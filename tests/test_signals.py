@@ -1,3 +1,4 @@
+import inspect
 import io
 import struct
 import zlib
@@ -10,9 +11,13 @@ from raw import picture, sample
 from solo.measure import META, Signal, find, find_all, measure, versions
 from solo.pictures import MAX_PIXELS, Pictures
 from solo.sample import IMAGE, Sample, text
+from solo.signals import clip, image, nsfw, pii
+from solo.signals import sample as sample_signals
+from solo.signals import text as text_signals
 from solo.spec import SpecError
 
 JPEG = picture(80, 60, seed=1, kind="JPEG")
+GIVEN = {"clip.similarity": {"weights": "clip", "revision": "sha256:0"}}
 
 
 def measured(name, one):
@@ -125,7 +130,8 @@ def test_no_image_is_no_failure():
 def test_each_image_is_decoded_once_for_all_signals():
     one = sample(1, images=[JPEG, picture(9, 9)])
     pictures = Pictures(one.images)
-    for signal in find_all(["image.size", "image.hashes", "text.size", "text.language", "sample.record"]):
+    images = ["image.size", "image.hashes", "image.claim", "image.exif", "image.texture", "image.colours"]
+    for signal in find_all([*images, "text.size", "text.language", "sample.record"]):
         measure(signal, one, pictures)
     assert pictures.n_decodes == 2
 
@@ -180,10 +186,18 @@ def test_meta_is_always_measured_once():
     assert versions(["text.size"]) == {"text.size": 1, META: 1}
 
 
+def test_every_signal_has_a_version_of_its_own_and_no_other_has():
+    for module in (image, text_signals, pii, sample_signals, clip, nsfw):
+        stem = module.__name__.rpartition(".")[2]
+        public = {n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+        assert {n for n in public if not n.startswith("_")} == set(module.VERSIONS)
+        assert all(find(f"{stem}.{n}", GIVEN).version == v for n, v in module.VERSIONS.items())
+
+
 def test_a_signal_twice_or_unknown_is_an_error():
     with pytest.raises(SpecError, match=r"column 'n_chars' is made by text\.size too"):
         find_all(["text.size", "text.size"])
-    with pytest.raises(SpecError, match=r"'text\.sise' is not in .* it has \['language', 'size'\]"):
+    with pytest.raises(SpecError, match=r"'text\.sise' is not in .* it has \[.*'language', .*'size'\]"):
         find("text.sise")
 
 

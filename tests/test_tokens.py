@@ -57,6 +57,16 @@ def test_plain_layout():
     )
 
 
+def test_plain_documents_end_in_eos_only_where_the_spec_says_so():
+    ending = Tokenizer(TOKENS.model_copy(update={"plain_eos": True}))
+    document = tokenize(sample(("assistant", text("Hello world"))), [], ending, "plain")
+    assert document.ids.tolist() == [1, *HELLO, 2] and document.is_target.tolist() == [False, True, True, True]
+    asked = tokenize(sample(("user", text("Hello world"))), [], ending, "plain")
+    assert asked.ids.tolist() == [1, *HELLO]  # nobody's answer ends
+    upstream = Tokenizer(TOKENS.model_copy(update={"plain_eos": False}))
+    assert tokenize(sample(("assistant", text("Hello world"))), [], upstream, "plain").ids.tolist() == [1, *HELLO]
+
+
 def test_plain_keeps_images_where_they_stand_between_words():
     turns = ("user", text("Hello world"), IMAGE, text("Hello world"), IMAGE), ("assistant", text("Hello world"))
     assert ids("plain", [(1, 1), (2, 1)], *turns) == [*(1, *HELLO, V, P, END, *HELLO, V, P, SEP, P, END, *HELLO)]

@@ -6,11 +6,12 @@ the authors' SFT code does. Key: the record's content, since upstream gives no i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+from solo.image_files import Names, Pictures
 from solo.sample import Rejected, Sample, make_key
-from solo.upstream import Pictures, Record, canonical, dialogue, existing, json_lines
+from solo.upstream import Record, canonical, dialogue, existing, json_lines
 
 MARKS = ("<image>\n", "\n<image>", "<image>")
 
@@ -20,10 +21,11 @@ def read(
     *,
     source: str,
     records: str = "all_data.jsonl",
-    images: str | Sequence[str] = "images.tar",
+    images: Names = "images.tar",
+    flat: bool = False,
 ) -> Iterator[Sample | Rejected]:
-    """Records in order; `images` names uncompressed tars, zips or folders (`*` allowed)."""
-    pictures = Pictures(location, images)
+    """Records in order; `images` and `flat` as for `Pictures`."""
+    pictures = Pictures(location, images, flat=flat)
     for place, record in json_lines(existing(location, records)):
         yield record if isinstance(record, Rejected) else _sample(place, record, source, pictures)
 
@@ -43,7 +45,7 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures) -> Samp
             turns[0] = turns[0].replace(mark, "")
         turns[0] = turns[0].strip()
     try:
-        messages = dialogue(turns, has_image=name is not None)
+        messages = dialogue(turns, n_images=0 if name is None else 1)
     except ValueError as error:
         return Rejected(identity, "bad_record", str(error))
     data = pictures.read(name, identity) if name is not None else b""

@@ -1,38 +1,54 @@
-"""LLaVA pre-training sets: one JSON array of {"id", "image", "conversations": [{"from", "value"}]}, and images.
+"""LLaVA-style sets: one JSON array of {"id", "image", "conversations": [{"from", "value"}]}, and images.
 
 Sample: human is user, gpt is assistant; the turn with `<image>` is split there into text, image, text (the newline
 beside the mark stays), as the authors' converter does. Key: the record's content, since ids repeat across such sets.
+`follow_ups` is a second such file (ALLaVA's instructions): its turns go on the conversation about the same image, and a
+record without one stays as it is. `image_prefix` keeps one part of a mixture, the rest is `excluded_set`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+from solo.follow_ups import FollowUps
+from solo.image_files import Names, Pictures
 from solo.sample import IMAGE, Item, Message, Rejected, Sample, make_key, text
-from solo.upstream import Pictures, Record, canonical, existing, json_array
+from solo.upstream import Record, canonical, existing, json_array
 
 ROLES = {"human": "user", "gpt": "assistant"}
 MARK = "<image>"
 
 
-def read(
+def read(  # noqa: PLR0913 - one argument for each field of the spec
     location: Path,
     *,
     source: str,
     records: str = "chat.json",
-    images: str | Sequence[str] = "images.zip",
+    images: Names = "images.zip",
+    flat: bool = False,
+    image_prefix: str = "",
+    follow_ups: str | None = None,
 ) -> Iterator[Sample | Rejected]:
-    """Records in order; `images` names zips, uncompressed tars or folders (`*` allowed)."""
-    pictures = Pictures(location, images)
-    for place, record in json_array(existing(location, records)):
-        yield record if isinstance(record, Rejected) else _sample(place, record, source, pictures)
+    """Records in order; `images` and `flat` as for `Pictures`."""
+    path = existing(location, records)
+    more = FollowUps(existing(location, follow_ups)) if follow_ups else None
+    pictures = Pictures(location, images, flat=flat)
+    for place, record in json_array(path):
+        if isinstance(record, Rejected):
+            yield record
+        elif image_prefix and not str(record.get("image")).startswith(image_prefix):
+            yield Rejected(place, "excluded_set", f"its image is not below {image_prefix}")
+        else:
+            turns = more.turns(record.get("image")) if more else []
+            yield _sample(place, record, source, pictures, turns)
 
 
-def _sample(place: str, record: Record, source: str, pictures: Pictures) -> Sample | Rejected:
+def _sample(place: str, record: Record, source: str, pictures: Pictures, more: list[object]) -> Sample | Rejected:
     identity = record["id"] if isinstance(record.get("id"), str) else place
+    turns = record.get("conversations")
     try:
-        messages = _messages(record.get("conversations"))
+        messages = _messages([*turns, *more] if isinstance(turns, list) and turns else turns)
     except ValueError as error:
         return Rejected(identity, "bad_record", str(error))
     n_marks = sum(item["type"] == "image" for message in messages for item in message["content"])
@@ -43,7 +59,8 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures) -> Samp
     if isinstance(data, Rejected):
         return data
     meta = {"id": identity, **({"image": name} if name is not None else {})}
-    return Sample(make_key(source, canonical(record)), source, (data,) if data else (), messages, meta)
+    key = make_key(source, canonical(record | {"follow_ups": more} if more else record))
+    return Sample(key, source, (data,) if data else (), messages, meta)
 
 
 def _messages(turns: object) -> tuple[Message, ...]:

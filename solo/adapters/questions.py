@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from solo.image_files import Pictures
 from solo.sample import Rejected, Sample, make_key
-from solo.upstream import Pictures, Record, dialogue, existing, json_lines
+from solo.upstream import Record, dialogue, existing, json_lines
 
 
 def read(
@@ -33,7 +34,7 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures) -> Samp
     if not isinstance(question, str) or not question.strip():
         return Rejected(identity, "bad_record", "question is not a text")
     try:
-        messages = dialogue([question, answer], has_image=name is not None)
+        messages = dialogue([question, answer], n_images=0 if name is None else 1)
     except ValueError as error:
         return Rejected(identity, "bad_record", str(error))
     data = pictures.read(name, identity) if name is not None else b""

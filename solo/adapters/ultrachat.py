@@ -29,7 +29,7 @@ def _sample(place: str, record: Record, source: str) -> Sample | Rejected:
     if turns == []:
         return Rejected(place, "empty", "the dialogue has no turns")
     try:
-        messages = dialogue(turns, has_image=False)
+        messages = dialogue(turns, n_images=0)
     except ValueError as error:
         return Rejected(place, "bad_record", str(error))
     meta = {"id": place, **({"upstream_id": record["id"]} if isinstance(record.get("id"), str) else {})}

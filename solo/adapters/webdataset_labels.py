@@ -6,14 +6,11 @@ authors' converter makes it. Members with one stem are one record, as in webdata
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from solo.sample import IMAGE, Message, Rejected, Sample, make_key, text
-from solo.upstream import existing, matching, printable, tar_members
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+from solo.upstream import IMAGE_SUFFIXES, existing, matching, tar_records
 
 
 def read(
@@ -22,32 +19,11 @@ def read(
     """Samples of every tar, in order of file and member; a class that `mapping` lacks is `no_label`."""
     labels = _labels(existing(location, mapping))
     for path in matching(location, [shards]):
-        for stem, data in _records(path):
-            yield data if isinstance(data, Rejected) else _sample(stem, data, labels, source)
-
-
-def _records(path: Path) -> Iterator[tuple[str, bytes | Rejected | None]]:
-    """Stem and image of each run of members with one stem; what follows damage is one rejected record."""
-    stem, image, damage = "", None, None
-    try:
-        for tar, member in tar_members(path):
-            if member.isdir():
-                continue
-            name, data = _stem(member), None
-            if member.isreg() and member.name.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
-                file = tar.extractfile(member)
-                assert file is not None
-                data = file.read()
-            if name != stem and stem:
-                yield stem, image
-            stem, image = name, data if name != stem or data is not None else image
-    except (tarfile.TarError, OSError):
-        place = f"{path.name} after {stem or 'its beginning'}"
-        damage = Rejected(place, "bad_record", "the tar is damaged from here on")
-    if stem:
-        yield stem, image
-    if damage:
-        yield stem, damage
+        for stem, members in tar_records(path, IMAGE_SUFFIXES):
+            if isinstance(members, Rejected):
+                yield members
+            else:
+                yield _sample(stem, next(iter(members.values()), None), labels, source)
 
 
 def _sample(stem: str, data: bytes | None, labels: dict[str, str], source: str) -> Sample | Rejected:
@@ -62,11 +38,6 @@ def _sample(stem: str, data: bytes | None, labels: dict[str, str], source: str) 
     turn: Message = {"role": "assistant", "content": [IMAGE, text(label)]}
     meta = {"id": stem, "wnid": wnid, "label": label}
     return Sample(make_key(source, stem), source, (data,), (turn,), meta)
-
-
-def _stem(member: tarfile.TarInfo) -> str:
-    folder, _, name = printable(member.name.removeprefix("./")).rpartition("/")
-    return f"{folder}/{name.split('.')[0]}" if folder else name.split(".")[0]
 
 
 def _labels(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import TypedDict
 from solo.pictures import Pictures
 from solo.sample import Sample
 
-VERSION = 1
+VERSIONS = {"record": 1, "meta": 1}
 
 
 class Record(TypedDict):

@@ -1,0 +1,122 @@
+"""Images by name, in uncompressed tars, zips or folders.
+
+In: archives below a location, and the names that records use. Out: encoded bytes. Invariant: a name that is nowhere, or
+a damaged member, is a Rejected with a status, never a crash; nothing outside the named archives and folders is read.
+Cost: one pass over each archive's headers (about 200 bytes of memory an image), then a seek and a read for each image.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from solo.sample import Rejected
+from solo.upstream import existing, tar_members
+
+log = logging.getLogger(__name__)
+
+MEMBER_BYTES = 256 << 20  # a larger image is a decompression bomb or a mistake
+
+Names = str | Sequence[str] | Mapping[str, str]
+
+
+class Pictures:
+    """Images by name in one or more archives or folders; the first that has a name answers.
+
+    `names` are paths below `location` (`*` allowed). As a mapping, {"coco/": "train2017.zip"}, an image whose name
+    begins with the key is looked up there without it. `flat`: only the last part of a path counts, on both sides, as
+    after `unzip -j`.
+    """
+
+    def __init__(self, location: Path, names: Names, *, flat: bool = False) -> None:
+        self.flat = flat
+        self.sources: list[tuple[str, Callable[[str], bytes | None]]] = []
+        if isinstance(names, str):
+            names = [names]
+        pairs = names.items() if isinstance(names, Mapping) else [("", name) for name in names]
+        for prefix, name in pairs:
+            paths = sorted(location.glob(name)) if "*" in name else [existing(location, name)]
+            if not paths:
+                have = sorted(p.name for p in location.iterdir()) if location.is_dir() else "no such folder"
+                raise ValueError(f"{location}: nothing matches {name!r}; it has {have}")
+            self.sources += [(prefix, _opened(path, flat)) for path in paths]
+
+    def read(self, name: object, identity: str) -> bytes | Rejected:
+        """The image's bytes, or the record's rejection."""
+        if not isinstance(name, str) or not name:
+            return Rejected(identity, "bad_record", "image is not a file name")
+        try:
+            data = self._find(name)
+        except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            return Rejected(identity, "bad_record", f"{name}: cannot be read ({type(error).__name__})")
+        if data is None:
+            return Rejected(identity, "missing_image", f"{name} is in none of the image archives")
+        return data or Rejected(identity, "empty", f"{name} has 0 bytes")
+
+    def _find(self, name: str) -> bytes | None:
+        for prefix, source in self.sources:
+            if not name.startswith(prefix):
+                continue
+            asked = name.removeprefix(prefix).removeprefix("./")
+            if (data := source(_last(asked) if self.flat else asked)) is not None:
+                return data
+        return None
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _opened(path: Path, flat: bool) -> Callable[[str], bytes | None]:
+    if path.is_dir():
+        root = path.resolve()
+        return lambda name: _below(root, name)
+    if path.suffix == ".zip":
+        archive = zipfile.ZipFile(path)
+        members = {_last(i.filename) if flat else i.filename: i for i in archive.infolist() if not i.is_dir()}
+        return lambda name: _zipped(archive, members.get(name))
+    index: dict[str, tuple[int, int]] = {}
+    try:
+        for _, member in tar_members(path):
+            if member.isreg():
+                name = member.name.removeprefix("./")
+                index[_last(name) if flat else name] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        if not index:
+            remedy = "give an uncompressed tar (gunzip it first), since members are read by index"
+            raise ValueError(f"{path}: {error}; {remedy}") from None
+        log.warning("%s: %s after %d members; images behind that are missing", path, error, len(index))
+    file = path.open("rb")
+    return lambda name: _sliced(file, index.get(name))
+
+
+def _below(root: Path, name: str) -> bytes | None:
+    path = (root / name).resolve()
+    inside = path.is_relative_to(root) and path.is_file()
+    if inside and path.stat().st_size > MEMBER_BYTES:
+        raise ValueError("too large")
+    return path.read_bytes() if inside else None
+
+
+def _zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo | None) -> bytes | None:
+    if member is None:
+        return None
+    if member.file_size > MEMBER_BYTES:
+        raise ValueError("too large")
+    return archive.read(member)
+
+
+def _sliced(file: io.BufferedReader, place: tuple[int, int] | None) -> bytes | None:
+    if place is None:
+        return None
+    if place[1] > MEMBER_BYTES:
+        raise ValueError("too large")
+    file.seek(place[0])
+    data = file.read(place[1])
+    if len(data) < place[1]:
+        raise ValueError("the archive is cut short")
+    return data

@@ -1,0 +1,164 @@
+"""Sources: a list of all of them with what is expected and what was made, and a probe of a local copy's layout.
+
+In: source specs, the manifests of a data root, a copy at `acquire.location`. Out: rows, sentences. Invariant: a probe
+reads the first records only, fetches nothing and writes nothing. Cost: YAML and manifests; for a probe what its
+adapter needs to begin (the index of an image archive) and PROBED records.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from solo import artifact, tables
+from solo.estimate import published_bytes
+from solo.estimate_text import size
+from solo.plugin import resolve
+from solo.sample import Rejected, Sample
+from solo.spec import UNPINNED, SourceSpec, load
+
+PROBED = 50
+LOOKED_AT = 200_000  # records of another part of a mixture, before one of this source
+HEADING = ("source", "licence", "revision", "size", "expected", "acquired", "kept", "tokens expected", "tokens")
+
+
+def names(specs: Path) -> list[str]:
+    """All sources there are."""
+    return sorted(path.stem for path in (specs / "sources").glob("*.yaml"))
+
+
+def listed(specs: Path, root: Path) -> list[dict[str, Any]]:
+    """One row a source: licence, pin, published size, expected samples, and what was made last under this root."""
+    found = []
+    for name in names(specs):
+        spec = load(SourceSpec, name, specs)
+        acquired = artifact.latest(root, "acquire", name)
+        sharded = artifact.latest(root, "shard", name)
+        found.append(
+            {
+                "source": name,
+                "licence": spec.licence.id,
+                "licence_url": spec.licence.url,
+                "licence_checked": "licence" not in spec.unchecked,
+                "revision": spec.revision,
+                "download_bytes": spec.upstream.download_bytes if spec.upstream else None,
+                "estimated_bytes": published_bytes(spec),
+                "expected": spec.expected.model_dump(mode="json") if spec.expected else None,
+                "acquired": acquired.counts["kept"] if acquired else None,
+                "kept": sharded.counts["kept"] if sharded else None,
+                "n_text_tokens": sharded.stats["n_text_tokens"] if sharded else None,
+                "n_patches": sharded.stats["n_patches"] if sharded else None,
+            }
+        )
+    return found
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The list as a table; `?` stands by a licence that was not checked, `~` by a size from the expected counts."""
+    table = [HEADING, *(_cells(row) for row in rows)]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(HEADING))]
+    left = ("".join(c.ljust(w + 2) for c, w in zip(cells[:3], widths[:3], strict=True)) for cells in table)
+    right = ("  ".join(c.rjust(w) for c, w in zip(cells[3:], widths[3:], strict=True)) for cells in table)
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    expected = row["expected"] or {}
+    tokens = None if row["n_patches"] is None else row["n_text_tokens"] + row["n_patches"]
+    asked = [n for name in ("text_tokens", "vision_tokens") if (n := expected.get(name)) is not None]
+    wanted = sum(asked) if len(asked) == 2 else None
+    counts = (expected.get("samples"), row["acquired"], row["kept"], wanted, tokens)
+    about = row["estimated_bytes"]
+    return (
+        row["source"],
+        row["licence"] + ("" if row["licence_checked"] else " ?"),
+        row["revision"] if row["revision"] == UNPINNED else row["revision"].removeprefix("sha256:")[:8],
+        size(row["download_bytes"]) if row["download_bytes"] else f"~{size(about)}" if about else "",
+        *("" if n is None else f"{n:,}" for n in counts),
+    )
+
+
+def told(spec: SourceSpec) -> list[str]:
+    """One source in sentences."""
+    said = [
+        f"{spec.name}: {spec.title}",
+        f"licence: {spec.licence.id}, {spec.licence.url}",
+        f"revision: {spec.revision}",
+    ]
+    if spec.upstream:
+        said += [f"from: {spec.upstream.id}, {spec.upstream.url}", f"files: {', '.join(spec.upstream.files)}"]
+        said += [f"layout: {spec.upstream.layout}"]
+    said += [f"read by: {spec.acquire.adapter} at {spec.acquire.location}"]
+    said += [f"becomes: {spec.messages}"] if spec.messages else []
+    if spec.expected:
+        counts = spec.expected.model_dump(exclude={"origin"}, exclude_none=True)
+        said.append(f"expected: {', '.join(f'{k} {v:,}' for k, v in counts.items())} ({spec.expected.origin})")
+    said += [f"choice: {c.choice}, since {c.reason}" for c in spec.choices]
+    said += [f"note: {note}" for note in spec.notes]
+    return said + ([f"unchecked: {', '.join(spec.unchecked)}"] if spec.unchecked else [])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the first records of a copy gave."""
+
+    good: int
+    statuses: Counter[str]
+    first: dict[str, Rejected]  # status -> the first record with it
+
+
+def check(spec: SourceSpec, specs: Path) -> Probe:
+    """Read the first records of the copy; ValueError with file, field and remedy where none can be read."""
+    location = specs / spec.acquire.location
+    if not location.exists():
+        raise ValueError(f"{spec.name}: {location} does not exist; {remedy(spec)}")
+    good, statuses, first = 0, Counter[str](), dict[str, Rejected]()
+    try:
+        for n, item in enumerate(_records(spec, location)):
+            if isinstance(item, Rejected):
+                statuses[item.status] += 1
+                first.setdefault(item.status, item)
+            else:
+                good += 1
+            if good + statuses.total() - statuses["excluded_set"] >= PROBED or n >= LOOKED_AT:
+                break
+    except ValueError as error:
+        raise ValueError(f"{spec.name}: {error}; {remedy(spec)}") from None
+    if not good:
+        odd = next((item for status, item in first.items() if status != "excluded_set"), None)
+        what = f"{odd.identity}: {odd.error}" if odd else f"no record among {statuses.total()} is of this source"
+        raise ValueError(f"{spec.name}: {what}, and so for all of the first {statuses.total()} records; {remedy(spec)}")
+    return Probe(good, statuses, first)
+
+
+def _records(spec: SourceSpec, location: Path) -> Iterator[Sample | Rejected | object]:
+    read, args = resolve("adapters", spec.acquire.adapter), dict(spec.acquire.args)
+    signature = inspect.signature(read)
+    if "job" in signature.parameters:  # a URL list: its rows are looked at, nothing is fetched
+        columns = [str(args["url_column"]), str(args["caption_column"])]
+        patterns = ["*.parquet", "*.csv", "*.tsv", "*.jsonl"]
+        for place, row in tables.rows(location, patterns, columns):
+            missing = [c for c in columns if not isinstance(row, Rejected) and not isinstance(row.get(c), str)]
+            yield Rejected(place, "bad_record", f"{missing[0]} is no text") if missing else row
+        return
+    try:
+        signature.bind(location, source=spec.name, **args)
+    except TypeError as error:
+        raise ValueError(f"acquire.args: {error}") from None
+    yield from read(location, source=spec.name, **args)
+
+
+def remedy(spec: SourceSpec) -> str:
+    """What to do about a copy that cannot be read."""
+    up = spec.upstream
+    if up is None:
+        return "correct acquire.location or acquire.args"
+    fetch = f"fetch {', '.join(up.files)} from {up.url}"
+    if up.id.startswith("huggingface:"):
+        pinned = "" if spec.revision == UNPINNED or spec.revision.startswith("sha256:") else f" at {spec.revision[:12]}"
+        fetch += pinned
+    return f"{fetch} (layout: {up.layout}), or correct acquire.args"

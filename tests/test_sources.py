@@ -1,0 +1,178 @@
+"""Every source of the paper: its published layout through acquire, filter and shard, against a hand-written truth."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import raw
+import source_layouts as write
+from raw import TOKENS
+from source_cases import CASES, Case, Said, qa
+
+from solo import acquire, measure, sources
+from solo import filter as filter_part
+from solo import shard as shard_part
+from solo.artifact import Artifact, Job, make
+from solo.line import CHECKOUT
+from solo.sample import Sample, read_samples
+from solo.spec import SourceSpec, load
+
+SPECS = CHECKOUT / "datasets_spec"
+NAMES = sorted(p.stem for p in (SPECS / "sources").glob("*.yaml") if not p.stem.startswith("sample-"))
+
+
+def through(name: str, case: Case, base: Path, *, revision: str | None = None) -> list[Artifact]:
+    """The artifacts of the three parts, made of the committed spec and the fixture at the place it names."""
+    spec = load(SourceSpec, name, SPECS)
+    (base / "specs").mkdir()
+    location = base / "specs" / spec.acquire.location
+    location.parent.mkdir(parents=True)
+    case.write(location.resolve())
+    return parts(spec, base, case.args, revision=revision)
+
+
+def parts(spec: SourceSpec, base: Path, args: dict[str, Any], *, revision: str | None = None) -> list[Artifact]:
+    """acquire, filter and shard of a source whose data are at their place, pinned as they are."""
+    name, specs = spec.name, base / "specs"
+    fetched = spec.acquire.model_dump(mode="json")
+    fetched["args"] |= args
+    pin = revision or "sha256:" + acquire.content_sha256(specs / spec.acquire.location)
+    fields = {
+        "acquire": {"source": name, "revision": pin, "acquire": fetched},
+        "filter": {"filter": spec.filter.model_dump(mode="json"), "signals": measure.versions(spec.filter.signals)},
+        "shard": {"shard": spec.shard.model_dump(mode="json"), "tokens": TOKENS},
+    }
+    made: list[Artifact] = []
+    for part, module in (("acquire", acquire), ("filter", filter_part), ("shard", shard_part)):
+        inputs = {a.manifest.id: a for a in made}
+        job = Job(part, name, module.VERSION, fields[part], inputs, base / "root", specs, 1)
+        made.append(make(job, module.run)[0])
+    return made
+
+
+def said(sample: Sample) -> Said:
+    """Roles and contents, an image as None."""
+    return [(m["role"], [None if i["type"] == "image" else i["text"] for i in m["content"]]) for m in sample.messages]
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[list[Artifact]]]]:
+    """The sources that start img2dataset, all at once: it takes seconds to import and waits most of its time."""
+    names = [name for name, case in CASES.items() if "origin" in case.args]
+    with ThreadPoolExecutor(len(names)) as pool:
+        yield {name: pool.submit(through, name, CASES[name], tmp_path_factory.mktemp(name)) for name in names}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: "origin" in CASES[name].args))
+def test_published_layout_becomes_these_messages_and_tokens(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    case = CASES[name]
+    if "origin" not in case.args:
+        acquired, filtered, sharded = through(name, case, tmp_path)
+    elif (CHECKOUT / ".img2dataset").exists():
+        acquired, filtered, sharded = request.getfixturevalue("fetched")[name].result()
+    else:
+        pytest.skip("img2dataset's environment is not installed (make setup)")
+    assert acquired.manifest.counts["dropped"] == case.dropped
+    assert filtered.manifest.counts["dropped"] == {} and sharded.manifest.counts["dropped"] == {}
+    rows = {row["key"]: row for path in (sharded.path / "shards").glob("*.parquet") for row in raw.rows(path)}
+    found = []
+    for sample in (s for path in (sharded.path / "shards").glob("*.tar") for s in read_samples(path)):
+        row = rows[sample.key]
+        found.append((said(sample), (row["n_patches"], row["n_text_tokens"], row["n_loss_tokens"])))
+    assert sorted(found, key=repr) == sorted(case.kept, key=repr)
+
+
+def test_every_source_says_where_it_is_from_and_what_it_becomes() -> None:
+    assert set(CASES) == set(NAMES)
+    for name in NAMES:
+        spec = load(SourceSpec, name, SPECS)
+        assert spec.upstream and spec.messages and spec.expected, name
+        assert spec.upstream.files and spec.licence.url.startswith("https://"), name
+
+
+def test_unpinned_data_can_be_planned_but_not_acquired(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gqa: revision is unpinned.*`solo revision .*sources/gqa\.yaml"):
+        through("gqa", CASES["gqa"], tmp_path, revision="unpinned")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_accepts_the_published_layout(name: str, tmp_path: Path) -> None:
+    (tmp_path / "specs").mkdir()
+    spec = load(SourceSpec, name, SPECS)
+    location = tmp_path / "specs" / spec.acquire.location
+    location.parent.mkdir(parents=True)
+    CASES[name].write(location.resolve())
+    found = sources.check(spec, tmp_path / "specs")
+    assert found.good >= len(CASES[name].kept)
+
+
+def one_row(**columns: object) -> write.Write:
+    return lambda folder: write.parquet(folder / "a.parquet", [columns])
+
+
+MISMATCHES = {
+    # source, how the copy differs, and the file, field and remedy that are named
+    "dvqa": (write.cauldron("Q", "A", answer="reply"), r"parquet:1: an item of texts has no assistant.*dvqa/train"),
+    "vqa-v2": (
+        lambda folder: write.parquet(folder / "a.parquet", [{"img": b"x"}]),
+        r"a\.parquet: no column \['texts', 'im",
+    ),
+    "llavar": (
+        lambda folder: folder.mkdir(),
+        r"chat_llavar\.json: no such file.*fetch chat_llavar\.json, pretrain\.zip",
+    ),
+    "cc12m": (
+        lambda folder: write.parquet(folder / "a.parquet", [{"url": "x"}]),
+        r"no column \['image_url', 'caption'\]",
+    ),
+    "mmc4": (
+        lambda folder: (write.zipped(folder / "d.jsonl.zip", {"d": b'{"texts": []}'}), (folder / "images").mkdir()),
+        r"d\.jsonl\.zip:1: text_list is not a list of texts.*first 1 records",
+    ),
+    "vlm-sft": (lambda folder: None, r"does not exist; fetch all_data\.jsonl, .* at 54cd7bd2d2dc"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_check_names_file_field_and_remedy(name: str, tmp_path: Path) -> None:
+    (tmp_path / "specs").mkdir()
+    spec = load(SourceSpec, name, SPECS)
+    location = tmp_path / "specs" / spec.acquire.location
+    location.parent.mkdir(parents=True)
+    change, says = MISMATCHES[name]
+    change(location.resolve())
+    with pytest.raises(ValueError, match=f"^{name}: .*{says}") as error:
+        sources.check(spec, tmp_path / "specs")
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_is_added_by_the_readmes_five_lines(tmp_path: Path) -> None:
+    five = re.search(r"```yaml\n(\{name: street-signs.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
+    assert five and len(five[1].splitlines()) == 5
+    (tmp_path / "specs/sources").mkdir(parents=True)
+    (tmp_path / "specs/sources/street-signs.yaml").write_text(five[1])
+    rows = [
+        {"image": {"bytes": write.picture(i), "path": None}, "question": "Which?", "answer": f"No. {i}"} for i in (1, 2)
+    ]
+    write.parquet(tmp_path / ".upstream/street-signs/signs.parquet", rows)
+    spec = load(SourceSpec, "street-signs", tmp_path / "specs")
+    assert sources.check(spec, tmp_path / "specs").good == 2
+    *_, sharded = parts(spec, tmp_path, {})
+    found = [said(s) for path in (sharded.path / "shards").glob("*.tar") for s in read_samples(path)]
+    assert sorted(found, key=repr) == [qa("Which?", "No. 1"), qa("Which?", "No. 2")]
+
+
+def test_sources_are_listed_with_expected_and_realised_counts(tmp_path: Path) -> None:
+    through("vlm-sft", CASES["vlm-sft"], tmp_path)
+    rows = {row["source"]: row for row in sources.listed(SPECS, tmp_path / "root")}
+    assert set(NAMES) <= set(rows)
+    made = rows["vlm-sft"]
+    assert (made["expected"]["samples"], made["acquired"], made["kept"], made["n_patches"]) == (1_701_560, 3, 3, 4)
+    assert rows["dvqa"]["licence"] == "CC-BY-NC-4.0" and rows["dvqa"]["kept"] is None
+    heading, *shown = sources.lines(list(rows.values()))
+    assert heading.startswith("source") and len(shown) == len(rows)
