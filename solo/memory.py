@@ -24,7 +24,8 @@ Policy = Literal["none", "selective", "full"]
 USABLE = 0.94  # of a GPU: what its allocator loses between blocks of a gigabyte
 CONTEXT_BYTES = GIB  # CUDA, cuBLAS and NCCL before the first tensor
 LOGIT_BYTES = 6  # a bf16 logit and its fp32 copy; eager Hugging Face takes 10
-HOST_BYTES = 16  # per parameter under offload: master weight, two moments, gradient, all fp32
+HOST_BYTES = 16  # per parameter under offload: master weight, two moments, gradient, all fp32; not pinned
+HOST_USABLE = 0.95  # pinned memory would be rounded up to powers of two: 134 GiB for 7B
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,10 @@ def choose(
             f"{use.recompute_layers} of {layers} layers recomputed > {machine.budget / GIB:.1f} usable of "
             f"{machine.gpu_bytes / GIB:.1f}; {_remedy(asked, config)}"
         )
-    if machine.host_bytes is not None and use.host * machine.n_gpus > machine.host_bytes:
+    if machine.host_bytes is not None and use.host * machine.n_gpus > (usable := HOST_USABLE * machine.host_bytes):
         raise ValueError(
-            f"{what}: the optimizer's {use.host * machine.n_gpus / GIB:.1f} GiB > {machine.host_bytes / GIB:.1f} of "
-            "the host; use more memory or a DeepSpeed file without offload_optimizer"
+            f"{what}: the optimizer's {use.host * machine.n_gpus / GIB:.1f} GiB > {usable / GIB:.1f} usable of "
+            f"the host's {machine.host_bytes / GIB:.1f}; use more memory or a DeepSpeed file without offload_optimizer"
         )
     return use
 

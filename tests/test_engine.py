@@ -21,7 +21,7 @@ def alone() -> Iterator[Callable[..., list[dict]]]:
 def test_offload_trains_the_same(
     alone: Callable[..., list[dict]], precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = make_plan(tmp_path / "plan", 2)
+    inputs = make_plan(tmp_path / "plan", 3)
     rows = {}
     for name in ("cpu", "offload"):
         monkeypatch.setenv("SOLO_DEEPSPEED", str(train.REPOSITORY / f"infra/deepspeed/{name}.json"))
