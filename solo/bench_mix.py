@@ -35,7 +35,7 @@ SEED = 20
 TEXTS = Path(__file__).resolve().parents[1] / "datasets_spec" / "sample" / "slimpajama"
 
 
-def make_mix(folder: Path, tokens: Tokens, n_packs: int) -> dict[str, Any]:
+def make_mix(folder: Path, tokens: Tokens, n_packs: int, pack_tokens: int = PACK_TOKENS) -> dict[str, Any]:
     """One shard and the plan of `n_packs` packs; what they hold."""
     tokenizer, documents = Tokenizer(tokens), _documents()
     (folder / "shards").mkdir(parents=True)
@@ -44,7 +44,7 @@ def make_mix(folder: Path, tokens: Tokens, n_packs: int) -> dict[str, Any]:
     stats = {"n_tokens": 0, "n_patches": 0, "n_images": 0, "image_bytes": 0, "pixels": 0}
     with (folder / "shards" / "00000.tar").open("wb") as tar:
         for pack in range(n_packs):
-            left = {"vision": int(PACK_TOKENS * VISION_SHARE), "all": PACK_TOKENS}
+            left = {"vision": int(pack_tokens * VISION_SHARE), "all": pack_tokens}
             first = len(rows)
             while row := _add(tar, next(documents["image" if left["vision"] > 0 else "text"]), tokenizer, left):
                 rows.append(row | {"pack": pack, "slot": len(rows) - first})

@@ -1,14 +1,15 @@
 """Checkpoints of a stage that is still running: folders that count only when complete.
 
 In: a folder that the ranks have just filled. Out: `ROOT/step-000010/` with `manifest.json` (the loader's state, world
-size, sha256 of every file) written last, then renamed into place. Invariants: a folder under its final name was
-complete when it got that name, and damage done to it later is found before it is used. Cost: one hash pass per save
-and per resume.
+size, sha256 of every file and of itself) written last, then renamed into place. Invariants: a folder under its final
+name was complete when it got that name, and damage done to it later is found before it is used. Cost: one hash pass
+per save and per resume.
 No torch here: the supervisor reads this module before any rank starts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -24,12 +25,32 @@ from solo.artifact import MANIFEST, canonical, file_sha256
 
 log = logging.getLogger(__name__)
 
-KEEP = 2  # the newest, and the one before it should a disk damage the newest
 NAME = re.compile(r"step-(\d{6,})")
 HASH_THREADS = 8  # hashlib frees the interpreter lock; one thread takes 60 s for the 87 GB of a 7B stage
 
 
 Entry = tuple[Path, int, str]  # a file, its bytes, its sha256
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints of a running stage stay; a setting of the machine, as it changes no number."""
+
+    last: int = 2  # the newest, and the one before it should a disk damage the newest
+    every: int | None = None  # and those of steps that are multiples of this
+
+    @classmethod
+    def from_env(cls) -> Keep:
+        """$SOLO_KEEP_LAST and $SOLO_KEEP_EVERY."""
+        last, every = (os.environ.get(name) for name in ("SOLO_KEEP_LAST", "SOLO_KEEP_EVERY"))
+        for name, value in (("SOLO_KEEP_LAST", last), ("SOLO_KEEP_EVERY", every)):
+            if value is not None and not (value.isdigit() and int(value) > 0):
+                raise ValueError(f"{name} is {value!r}; give a whole number, 1 or more, or unset it")
+        return cls(int(last) if last else cls.last, int(every) if every else None)
+
+    def outdated(self, steps: Sequence[int]) -> list[int]:
+        """Of steps in ascending order, those whose checkpoints go."""
+        return [step for step in steps[: -self.last] if not self.every or step % self.every]
 
 
 @dataclass(frozen=True)
@@ -56,8 +77,10 @@ def aside_of(root: Path, step: int) -> Path:
     return root / f".step-{step:06d}.tmp"
 
 
-def seal(aside: Path, *, loader: dict[str, Any], world_size: int, facts: dict[str, Any]) -> Checkpoint:
-    """Flush and hash every file, write the manifest last, rename into place, drop all but the last two."""
+def seal(
+    aside: Path, *, loader: dict[str, Any], world_size: int, facts: dict[str, Any], keep: Keep | None = None
+) -> Checkpoint:
+    """Flush and hash every file, write the manifest last, rename into place, drop what need not be kept."""
     root, step = aside.parent, loader["step"]
     paths = sorted(p for p in aside.rglob("*") if p.is_file())
     manifest = {
@@ -70,15 +93,16 @@ def seal(aside: Path, *, loader: dict[str, Any], world_size: int, facts: dict[st
         ],
     }
     with (aside / MANIFEST).open("wb") as file:
-        file.write(canonical(manifest))
+        file.write(canonical(manifest | {"sha256": _own(manifest)}))
         file.flush()
         os.fsync(file.fileno())
     final = root / f"step-{step:06d}"
     shutil.rmtree(final, ignore_errors=True)  # only a damaged one can lie here, else it had been resumed from
     aside.rename(final)
     _flush(root)
-    for _, old in _folders(root)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    folders = dict(_folders(root))
+    for old in (keep or Keep()).outdated(list(folders)):
+        shutil.rmtree(folders[old], ignore_errors=True)
     return Checkpoint(final, step, world_size, loader, facts)
 
 
@@ -103,24 +127,36 @@ def damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None when every byte is as its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        entries = [(folder / f["path"], f["bytes"], f["sha256"]) for f in manifest["files"]]
+        own, entries = (
+            manifest.pop("sha256"),
+            [(folder / f["path"], f["bytes"], f["sha256"]) for f in manifest["files"]],
+        )
         steps = (int(manifest["loader"]["step"]), int(folder.name.removeprefix("step-")))
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if own != _own(manifest):
+            return f"{MANIFEST} does not match its own sha256"
+        if steps[0] != steps[1]:
+            return f"its manifest is that of step {steps[0]}"
+        return _wrong_files(folder, entries) or _wrong_bytes(folder, entries)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename or MANIFEST).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    if steps[0] != steps[1]:
-        return f"its manifest is that of step {steps[0]}"
-    return _wrong_size(folder, entries) or _wrong_bytes(folder, entries)
 
 
-def _wrong_size(folder: Path, entries: Sequence[Entry]) -> str | None:
+def _own(manifest: dict[str, Any]) -> str:
+    """The hash of a manifest without its own hash."""
+    return hashlib.sha256(canonical(manifest)).hexdigest()
+
+
+def _wrong_files(folder: Path, entries: Sequence[Entry]) -> str | None:
+    """A file that is missing, of another size, or not of this checkpoint."""
     for path, n_bytes, _ in entries:
-        if not path.is_file():
+        if path.is_symlink() or not path.is_file():
             return f"{path.relative_to(folder)} is missing"
         if path.stat().st_size != n_bytes:
             return f"{path.relative_to(folder)} has {path.stat().st_size} bytes, its manifest says {n_bytes}"
-    return None
+    others = {p for p in folder.rglob("*") if not p.is_dir()} - {path for path, _, _ in entries} - {folder / MANIFEST}
+    return f"{min(others).relative_to(folder)} is not in its manifest" if others else None
 
 
 def _wrong_bytes(folder: Path, entries: Sequence[Entry]) -> str | None:

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import closing, estimate, estimate_text, line, runs
+from solo import closing, estimate, estimate_text, line, memory, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
-from solo.spec import SourceSpec, Template, load
+from solo.spec import RecipeSpec, SourceSpec, Template, load
 
 app = typer.Typer(
     help="Train single-transformer vision-language models from a data recipe.",
@@ -52,9 +52,12 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     planned = line.plan(line.select(line.nodes(recipe, settings.specs, settings.root), until), settings, force or ())
     packed = {p.name: p.last for p in planned if p.part == "pack" and p.last}
     stages = estimate.of_recipe(recipe, settings.specs, packed)
+    machine = memory.Machine.from_env()  # where its GPU's memory is told, what cannot fit is refused here
+    uses = memory.of_recipe(load(RecipeSpec, recipe, settings.specs), machine) if machine else {}
     unpinned = estimate.unpinned(recipe, settings.specs)
     if as_json:
         more = estimate_text.as_json(stages) | {"unpinned": unpinned}
+        more |= {"memory_gib": {name: use.gib() for name, use in uses.items()}} if machine else {}
         typer.echo(json.dumps(runs.plan_json(recipe, planned) | more))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -72,6 +75,8 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
         for text in estimate_text.lines(stages):
             _say(text)
     for text in estimate_text.sentences(stages, unpinned):
+        _say(f"- {text}")
+    for text in memory.lines(uses, machine) if machine else ():
         _say(f"- {text}")
 
 
@@ -189,6 +194,18 @@ def bench_pack(as_json: Json = False) -> None:
     from solo import bench_pack as measured
 
     _figures(measured.run(), as_json)
+
+
+@bench.command("train")
+def bench_train(
+    profile: Annotated[str, typer.Option(help="toy, h100-slice or h100-7b-offload.")] = "toy",
+    log: Annotated[Path | None, typer.Option(help="Where the trainers' own lines go.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokens per second and MFU of the trainer, against Hugging Face's model in the same trainer."""
+    from solo import bench_train as measured
+
+    _figures(measured.run(profile, log=log), as_json)
 
 
 @bench.command("filter")
@@ -358,6 +375,17 @@ def bench_curate(as_json: Json = False) -> None:
     from solo import bench_curate as measured
 
     _figures(measured.run(), as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A train artifact, or the checkpoint folder in it.")],
+    to: Annotated[Path, typer.Option("--to", help="Where the Hugging Face folder is written.")],
+) -> None:
+    """Write a trained stage as a Hugging Face folder with a model card."""
+    from solo import export as exported
+
+    _say(f"wrote {exported.run(checkpoint, to)}")
 
 
 def _module(*arguments: str) -> list[str]:

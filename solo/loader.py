@@ -13,7 +13,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -259,7 +259,7 @@ class PackLoader:
 
     def iterate(
         self, first_step: int, *, batch_packs: int, rank: int = 0, world_size: int = 1, workers: int = 0
-    ) -> Iterator[Pack]:
+    ) -> Generator[Pack]:
         """This rank's packs from optimizer step `first_step` on: of each step's packs the rank-th, the next W on.
 
         `workers` threads load ahead (0: none); order and content do not depend on them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from solo.markdown import escape, picture
 
 def metrics_line(m: dict[str, Any]) -> str:
     """`step 12/40, loss 3.210, 5,120 tokens/s, lr 1.0e-03, 31 s left`."""
+    loss = "not finite" if m["loss"] is None else f"{m['loss']:.3f}"
     return (
-        f"step {m['step']}/{m['n_steps']}, loss {m['loss']:.3f}, {m['tokens_per_s']:,.0f} tokens/s, "
+        f"step {m['step']}/{m['n_steps']}, loss {loss}, {m['tokens_per_s']:,.0f} tokens/s, "
         f"lr {m['lr']:.1e}, {m['eta_s']:.0f} s left"
     )
 
@@ -24,7 +26,7 @@ def loss_page(stage: str, rows: Sequence[dict[str, Any]]) -> str:
         for name, loss in (("all", row["loss"]), *row["sources"].items()):
             steps, losses = by_source.setdefault(name, ([], []))
             steps.append(row["step"])
-            losses.append(loss)
+            losses.append(math.nan if loss is None else loss)
     speed = {"tokens per s": ([row["step"] for row in rows], [row["tokens_per_s"] for row in rows])}
     charts = [
         picture(lines("Loss", by_source, x="optimizer step", y="nats per loss token"), "loss"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from solo import gallery, realised
+from solo import gallery, realised, sick
 from solo.artifact import Artifact
 from solo.charts import grouped, lines
 from solo.data_pages import Inputs, Row
@@ -52,13 +52,18 @@ def train_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     yield table([{k: v for k, v in row.items() if k != "source"} for row in rows if row["source"] == "(all)"])
     yield from realised.blocks(artifacts, inputs)
     yield from _left_out(artifacts)
+    yield from _sick(artifacts)
     metrics = {a.manifest.name: _metrics(a) for a in artifacts}
     starts = dict(zip(metrics, np.cumsum([0, *(len(m) for m in metrics.values())]), strict=False))
     over = {name: [starts[name] + i + 1 for i in range(len(m))] for name, m in metrics.items()}
     label = "optimizer step, all stages"
 
     def drawn(field: str) -> dict[str, tuple[Any, Any]]:
-        return {name: (over[name], [row[field] for row in m]) for name, m in metrics.items() if m}
+        return {
+            name: (over[name], [np.nan if row[field] is None else row[field] for row in m])
+            for name, m in metrics.items()
+            if m
+        }
 
     if any(metrics.values()):
         yield picture(lines("Loss by stage", drawn("loss"), x=label, y="nats per loss token"), "loss by stage")
@@ -77,13 +82,28 @@ def _left_out(artifacts: Sequence[Artifact]) -> Iterator[str]:
     for a in (a for a in artifacts if a.manifest.stats["left_out"]["documents"]):
         packs = pq.read_table(a.path / "trained.parquet", columns=["pack", "left_out"]).to_pylist()
         for pack in packs:
-            names = ("source", "key", "exposure", "begin", "n_tokens")
+            names = ("source", "key", "exposure", "begin", "n_tokens", "reason")
             found += [
                 {"stage": a.manifest.name, "pack": pack["pack"]} | {k: r[k] for k in names} for r in pack["left_out"]
             ]
     if found:
-        yield "## Planned documents left out because they are damaged"
+        yield "## Planned documents left out"
         yield table(found)
+
+
+def _sick(artifacts: Sequence[Artifact]) -> Iterator[str]:
+    """Steps whose update was skipped or whose loss was a spike; nothing where there was none."""
+    found = [
+        {"stage": a.manifest.name}
+        | {name: event[name] for name in ("step", "kind", "done", "loss", "limit")}
+        | {"packs": f"{event['packs'][0]} to {event['packs'][-1]}", "documents": len(event["documents"])}
+        | {"sources": ", ".join(event["sources"])}
+        for a in artifacts
+        for event in sick.read(a.path)
+    ]
+    if found:
+        yield "## Sick steps\n\n" + table(found)
+        yield f"The documents of each are in `{sick.FILE}` of the stage's artifact."
 
 
 def evaluate_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:

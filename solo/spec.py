@@ -263,6 +263,13 @@ class Stage(Spec):
     checkpoint_every_steps: int = Field(gt=0)
     decode: Decode = Field(default="exact", description="exact: Pillow alone, as upstream; fast: solo/decode.py")
     max_damaged: int = Field(default=0, ge=0, description="unreadable documents a rank leaves out; one more stops it")
+    max_skipped: int = Field(default=0, ge=0, description="updates skipped for a loss or gradient that is not finite")
+    spike_mads: float | None = Field(default=None, gt=0, description="a spike is a loss so many MADs above the median")
+    spike_window: int = Field(default=50, ge=4, description="steps that median and MAD are of")
+    on_spike: Literal["record", "quarantine"] = Field(
+        default="record", description="quarantine: go back to the checkpoint before and pass the step's packs over"
+    )
+    max_quarantined: int = Field(default=3, ge=0, description="steps passed over so; one more stops the stage")
 
 
 class RecipeSpec(Spec):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -21,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -30,19 +29,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, realised, trained
+from solo import checkpoint, realised, sick, trained
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.plan import Plan
 from solo.spec import ModelSpec, Stage, Tokens
 from solo.tokenizer import Tokenizer, check_model
+from solo.watch import Metrics, Watch
 
 # 2: trained.parquet names the documents left out; counts are of documents. 3: a saved processor says plain_eos
-VERSION = 3
+# 4: trained.parquet says why a document was left out
+VERSION = 4
 
 log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda"]
-Metrics = dict[str, Any]
 
 REPOSITORY = Path(__file__).parents[1]
 DEEPSPEED = {"cpu": "infra/deepspeed/cpu.json", "cuda": "infra/deepspeed/zero1.json"}
@@ -73,7 +73,6 @@ OWNERS = {
 
 GRACE_S = 20.0  # Prefect kills a run 30 s after it asked, and the ranks' checkpoint must be on disk before that
 POLL_S = 0.1
-PROGRESS_S = 10.0
 
 
 class Interrupted(RuntimeError):
@@ -93,6 +92,7 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     check_model(ModelSpec.model_validate(job.spec["model"]), vocabulary)
     assert plan.num_rows % stage.batch_packs == 0, f"pack left {plan.num_rows} packs, batches of {stage.batch_packs}"
     n_steps = plan.num_rows // stage.batch_packs
+    checkpoint.Keep.from_env()
     n_gpus = gpu_count()
     ranks = rank_count(n_gpus, stage)
     device: Device = "cuda" if n_gpus else "cpu"
@@ -137,6 +137,11 @@ def rank_count(n_gpus: int, stage: Stage) -> int:
     return ranks
 
 
+def deepspeed_file(device: Device) -> Path:
+    """$SOLO_DEEPSPEED, else ours for the device."""
+    return Path(os.environ.get("SOLO_DEEPSPEED") or REPOSITORY / DEEPSPEED[device])
+
+
 def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
     """A DeepSpeed file (how to run) completed by the stage (what to train); a key both own is an error."""
     try:
@@ -156,75 +161,16 @@ def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
         "gradient_accumulation_steps": stage.batch_packs // ranks,
         "gradient_clipping": stage.clip_norm,
     }
+    if "offload_optimizer" in given["zero_optimization"]:
+        if zero != 1:
+            raise ValueError(f"{path}: offload_optimizer needs zero_optimization.stage 1, not {zero}; see engine.py")
+        # `engine.accumulation` sums gradients; the optimizer is torch's own fused AdamW, which runs on both devices.
+        config |= {"train_batch_size": ranks, "gradient_accumulation_steps": 1, "zero_force_ds_cpu_optimizer": False}
     if stage.precision == "bf16":
         # Sums over a batch of packs would lose their last bits in bf16, so gradients are kept and summed in fp32.
         fp32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
         config |= {"bf16": {"enabled": True}} | fp32
     return config
-
-
-class Watch:
-    """Follows `train.log`: keeps `metrics.jsonl`, tells the metrics on, remembers why a rank failed."""
-
-    def __init__(self, job: Job, n_steps: int, tell: Callable[[Metrics], None] | None, *, first_step: int) -> None:
-        self.log = job.out / "train.log"
-        self.metrics = job.out / "metrics.jsonl"
-        self.tell = tell
-        self.progress = job.progress
-        self.n_steps = n_steps
-        self.failure: str | None = None
-        self.interrupted = False
-        self.said_at = time.monotonic()
-        self.log.touch()
-        # The log is written by the ranks themselves, so it has also the steps that a killed supervisor never copied.
-        lines = self.log.read_bytes().splitlines()
-        rows = {row["step"]: row for line in lines if "loss" in (row := _parse(line)) and row["step"] <= first_step}
-        write_atomic(self.metrics, b"".join(canonical(rows[step]) + b"\n" for step in sorted(rows)))
-        self.offset = self.log.stat().st_size
-
-    def read(self, *, quiet: bool = False) -> None:
-        """Take in the whole lines that came since the last call; `quiet` tells nobody."""
-        with self.log.open("rb") as file:
-            file.seek(self.offset)
-            whole = file.read().rpartition(b"\n")[0]
-        if not whole:
-            return
-        self.offset += len(whole) + 1
-        for line in whole.split(b"\n"):
-            row = _parse(line)
-            if "loss" in row:  # an event may name a step too
-                with self.metrics.open("ab") as out:
-                    out.write(canonical(row) + b"\n")
-                if not quiet:
-                    self._say(row)
-            elif row.get("event") == "failed":
-                self.failure = self.failure or f"rank {row['rank']}: {row['error']}"
-            elif row.get("event") == "interrupted":
-                self.interrupted = True
-            elif killed := re.match(rb"\s*exitcode\s*:\s*-(\d+)", line):
-                name = signal.Signals(int(killed[1])).name
-                self.failure = self.failure or f"a rank was killed by {name} (SIGKILL: out of memory?)"
-
-    def _say(self, row: Metrics) -> None:
-        if self.tell:
-            self.tell(row)
-        now = time.monotonic()
-        if now - self.said_at >= PROGRESS_S or row["step"] == self.n_steps:
-            self.said_at = now
-            self.progress(
-                f"step {row['step']}/{row['n_steps']} loss {row['loss']:.4f} lr {row['lr']:.2e} "
-                f"{row['tokens_per_s']:,.0f} tokens/s, {row['eta_s']:.0f} s left"
-            )
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    """The metrics or event of a line, or nothing where it is an ordinary one."""
-    if line.startswith(b"{"):
-        with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and ("event" in row or {"step", "n_steps", "loss"} <= row.keys()):
-                return row
-    return {}
 
 
 def _core_count() -> int:
@@ -233,7 +179,6 @@ def _core_count() -> int:
 
 def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, Any]:
     """All that a rank needs to know, as the JSON of its job file."""
-    path = Path(os.environ.get("SOLO_DEEPSPEED") or REPOSITORY / DEEPSPEED[device])
     before = list(job.of("train").values())
     init = job.spec["model"]["init"]
     checkpoints = job.work / "checkpoints"
@@ -250,7 +195,7 @@ def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, An
         "tokens": job.spec["tokens"],
         "seed": job.spec["seed"],
         "device": device,
-        "deepspeed": deepspeed_config(path, stage, ranks),
+        "deepspeed": deepspeed_config(deepspeed_file(device), stage, ranks),
         "plan": str(plan),
         "plan_digest": job.one("pack").manifest.digest,
         "shards": {name: str(shard.path.resolve()) for name, shard in sorted(job.of("shard").items())},
@@ -359,6 +304,7 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
     realised.check(f"train/{job.name}", job.out / "trained.parquet", job.one("pack").path / "plan.parquet")
     left_out = trained.left_out(table)
     metrics = [json.loads(line) for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
+    losses, events = [m["loss"] for m in metrics if m["loss"] is not None], sick.read(job.out)
     facts = json.loads((job.out / "checkpoint" / "solo.json").read_bytes())
     stats: dict[str, Any] = {
         "n_packs": table.num_rows,
@@ -366,8 +312,11 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
         "n_tokens": pc.sum(table["n_tokens"]).as_py(),
         "n_loss_tokens": pc.sum(table["n_loss_tokens"]).as_py(),
         "left_out": left_out,
-        "loss_first": metrics[0]["loss"],
-        "loss_last": metrics[-1]["loss"],
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "sick": {
+            kind: sum(event["done"] == kind for event in events) for kind in ("skipped", "recorded", "quarantined")
+        },
         "tokens_per_s": round(statistics.median(m["tokens_per_s"] for m in metrics), 1),
         "input_stall_share": round(sum(m["input_stall_s"] for m in metrics) / sum(m["step_s"] for m in metrics), 4),
         "ranks": ranks,
@@ -375,4 +324,4 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
         "sources": trained.by_source(table, metrics),
     }
     n_in, n_out = job.one("pack").manifest.counts["kept"], left_out["documents"]
-    return Result(n_in, n_in - n_out, {trained.DAMAGED: n_out}, stats, volatile=("metrics.jsonl", "train.log"))
+    return Result(n_in, n_in - n_out, trained.dropped(table), stats, volatile=("metrics.jsonl", "train.log"))

@@ -8,6 +8,7 @@ here: the supervisor sums up, and the ranks load it anyway.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from solo.loader import Pack
 
 DAMAGED = "damaged"  # the reason of a document that could not be read and that the stage's max_damaged leaves out
+QUARANTINED = "quarantined"  # of one whose step was passed over after a spike
 
 SOURCE = pa.struct(
     [("source", pa.string()), ("n_tokens", pa.int64()), ("n_loss_tokens", pa.int64()), ("loss", pa.float64())]
@@ -33,13 +35,17 @@ LEFT_OUT = pa.struct(
         ("begin", pa.int32()),
         ("n_tokens", pa.int64()),
         ("n_loss_tokens", pa.int64()),
+        ("reason", pa.string()),
     ]
 )
 ROW = pa.schema(
     [
         ("pack", pa.int64()),
         ("step", pa.int64()),
-        ("loss", pa.float64()),  # mean cross entropy of the pack's supervised tokens; null where it has none
+        (
+            "loss",
+            pa.float64(),
+        ),  # mean cross entropy of the pack's supervised tokens; null where it has none, or is not finite
         ("n_documents", pa.int64()),  # a piece of a cut text is one
         ("n_tokens", pa.int64()),
         ("n_loss_tokens", pa.int64()),
@@ -61,16 +67,31 @@ def row(pack: Pack, losses: np.ndarray, step: int) -> dict[str, Any]:
     return {
         "pack": pack.index,
         "step": step,
-        "loss": float(losses.mean()) if len(losses) else None,
+        "loss": _finite(losses.mean()) if len(losses) else None,
         "n_documents": len(pack.segments),
         "n_tokens": int((pack.document_ids >= 0).sum()),
         "n_loss_tokens": pack.n_loss_tokens,
         "sources": [
-            {"source": s, "n_tokens": n, "n_loss_tokens": n_loss, "loss": total / n_loss if n_loss else None}
+            {"source": s, "n_tokens": n, "n_loss_tokens": n_loss, "loss": _finite(total / n_loss) if n_loss else None}
             for s, (n, n_loss, total) in sorted(sources.items())
         ],
-        "left_out": [{field.name: planned[field.name] for field in LEFT_OUT} for planned in pack.left_out],
+        "left_out": _left_out(pack.left_out, DAMAGED),
     }
+
+
+def passed_over(index: int, step: int, planned: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The row of a pack that was not trained, from the plan's rows."""
+    none: dict[str, Any] = {"loss": None, "n_documents": 0, "n_tokens": 0, "n_loss_tokens": 0, "sources": []}
+    return {"pack": index, "step": step, **none, "left_out": _left_out(planned, QUARANTINED)}
+
+
+def _left_out(planned: Sequence[Mapping[str, Any]], reason: str) -> list[dict[str, Any]]:
+    names = [field.name for field in LEFT_OUT if field.name != "reason"]
+    return [{name: row[name] for name in names} | {"reason": reason} for row in planned]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def check(what: str, trained: pa.Table, plan: pa.Table) -> None:
@@ -93,8 +114,8 @@ def check(what: str, trained: pa.Table, plan: pa.Table) -> None:
 
 
 def left_out(trained: pa.Table) -> dict[str, Any]:
-    """Documents, and tokens of theirs in all and by source, that were planned and could not be read."""
-    rows = [r for rows in trained["left_out"].to_pylist() for r in rows]  # at most max_damaged for each rank
+    """Documents, and tokens of theirs in all and by source, that were planned and not trained."""
+    rows = [r for rows in trained["left_out"].to_pylist() for r in rows]  # those of max_damaged and max_quarantined
     return {
         "documents": len({(r["source"], r["key"], r["exposure"]) for r in rows}),
         "tokens": sum(r["n_tokens"] for r in rows),
@@ -104,6 +125,15 @@ def left_out(trained: pa.Table) -> dict[str, Any]:
             for source in sorted({r["source"] for r in rows})
         },
     }
+
+
+def dropped(trained: pa.Table) -> dict[str, int]:
+    """Documents left out, by the reason of their first piece; the stage's counts."""
+    reasons: dict[tuple[str, str, int], str] = {}
+    for row in (r for rows in trained["left_out"].to_pylist() for r in rows):
+        reasons.setdefault((row["source"], row["key"], row["exposure"]), row["reason"])
+    counted = {reason: list(reasons.values()).count(reason) for reason in (DAMAGED, QUARANTINED)}
+    return {reason: n for reason, n in counted.items() if n or reason == DAMAGED}
 
 
 def by_source(trained: pa.Table, metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -22,12 +22,11 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,52 +35,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from solo import checkpoint, trained
-from solo.artifact import commit, write_atomic
+from solo import engine, memory, sick, trained
+from solo.artifact import write_atomic
 from solo.loader import Pack, PackLoader
 from solo.model import SoloForCausalLM
 from solo.processor import SoloProcessor
+from solo.saver import Saver
 from solo.spec import ModelSpec, Stage, Tokens
 from solo.trained import ROW
 
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 STOPPED = 128 + signal.SIGTERM  # exit code of a rank that was told to stop and did so in good order
-ACTIVATION_BYTES = 28  # kept per token, layer and channel of hidden + intermediate in bf16, about; measured by none
-MEMORY_SHARE = 0.2  # of a GPU's memory for activations; beyond it every layer is computed again in the backward pass
-
-
-def learning_rate(step: int, stage: Stage, n_steps: int) -> float:
-    """Rate of optimizer step 1 ... n_steps: linear warm-up to the peak, then cosine or linear to the minimum.
-
-    The peak is reached at step `warmup_steps` and the minimum at the last step, so no step has rate 0 by warm-up.
-    """
-    assert 1 <= step <= n_steps
-    if step <= stage.warmup_steps:
-        return stage.learning_rate * step / stage.warmup_steps
-    done = (step - stage.warmup_steps) / (n_steps - stage.warmup_steps)
-    left = 0.5 * (1.0 + math.cos(math.pi * done)) if stage.schedule == "cosine" else 1.0 - done
-    return stage.min_learning_rate + (stage.learning_rate - stage.min_learning_rate) * left
-
-
-class PackLoss(nn.Module):
-    """What DeepSpeed wraps: engines call `forward`, and the model's own is Hugging Face's."""
-
-    def __init__(self, solo: SoloForCausalLM) -> None:
-        super().__init__()
-        self.solo = solo
-
-    def forward(self, pack: Pack) -> Tensor:
-        """(n_supervised,) cross entropies."""
-        return self.solo.pack_losses(pack)
 
 
 class Trainer:
     """State of one rank: engine, loader position (the step), rows of the packs it trained."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
+    def __init__(self, task: dict[str, Any], wrap: Callable[[SoloForCausalLM], nn.Module] = engine.PackLoss) -> None:
+        """`wrap`: what makes of the model a module that maps a pack to its losses."""
         self.task = task
         self.stage = Stage.model_validate(task["stage"])
         self.rank, self.n_ranks = dist.get_rank(), dist.get_world_size()
@@ -102,53 +75,119 @@ class Trainer:
         self.sources = sorted(shards)
         self.stop = False
         self.step = 0
+        self.health = sick.Health(self.stage)
         self.rows: list[dict[str, Any]] = []
+        self.seconds: list[float] = []  # of the last steps
+        self.planned: memory.Use | None = None
         self.stall_s, self.n_targets = 0.0, 0  # of the step: waiting for packs, supervised tokens over all ranks
         model = SoloForCausalLM.from_spec(
             ModelSpec.model_validate(task["model"] | {"init": task["init"]}), tokens, task["seed"]
         )
-        model.model.recompute_layers = _recomputed(model, self.stage.pack_tokens)
+        model.model.recompute_layers = self._recompute_layers(int(batches.max()))
         model.train()
         self.n_parameters = sum(p.numel() for p in model.parameters())
-        self.engine = deepspeed.initialize(
-            model=PackLoss(model),
-            optimizer=_optimizer(model, self.stage),
-            config=task["deepspeed"],
-            dist_init_required=False,
-        )[0]
+        self.engine = engine.start(wrap(model), self.stage, task["deepspeed"])
+        self.saver = Saver(self.engine, self.work / "checkpoints", self.stage.name)
         if task["resume"]:
-            self._load(Path(task["resume"]))
+            self._load(Path(task["resume"]), int(task["first_step"]))
+
+    def _recompute_layers(self, n_targets: int) -> int:
+        """How many layers keep no activations, by the memory plan where there is a GPU to plan for."""
+        model, asked = ModelSpec.model_validate(self.task["model"]), memory.policy()
+        if not torch.cuda.is_available():
+            return model.num_hidden_layers if asked == "full" else 0
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        px = Tokens.model_validate(self.task["tokens"]).patch_px
+        pack = {"patch_px": px, "n_tokens": self.stage.pack_tokens, "n_targets": n_targets}
+        machine = memory.Machine(gpu, self.n_ranks, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        self.planned = memory.choose(self.stage.name, model, self.task["deepspeed"], machine, asked=asked, **pack)
+        if self.rank == 0:
+            log.info("memory plan, GiB of a GPU: %s", json.dumps(self.planned.gib()))
+        return self.planned.recompute_layers
 
     def run(self) -> bool:
         """Train to the last step; False when told to stop before it (a checkpoint is then complete)."""
-        packs = self.loader.iterate(
-            self.step, batch_packs=self.stage.batch_packs, rank=self.rank, world_size=self.n_ranks, workers=_workers()
-        )
-        seconds: list[float] = []
+        packs = self.packs()
+        if self.stage.on_spike == "quarantine" and not self.step:
+            self.save()  # else a spike before the first checkpoint had nowhere to go back to
         while self.step < self.n_steps:
-            began = time.monotonic()
-            self.step += 1
-            sums, stopping = self._step(packs)
-            seconds = [*seconds[-20:], time.monotonic() - began]
-            if self.rank == 0:
-                self._say(sums, seconds)
-            if not math.isfinite(sums["loss"]):
-                last = self.step * self.stage.batch_packs - 1
-                raise ValueError(
-                    f"{self.stage.name}: the loss of step {self.step} is {sums['loss']}; lower learning_rate, or look "
-                    f"at packs {last + 1 - self.stage.batch_packs} to {last}"
-                )
+            if self.step + 1 in self.health.quarantined:
+                self._pass_over(packs)
+                continue
+            sums, stopping = self.advance(packs)
+            verdict = self.health.judge(sums["loss"], applied=self.engine.was_step_applied())
+            if verdict and self._treat(verdict, sums):
+                packs.close()
+                packs = self.packs()
+                continue
             if stopping or self.step % self.stage.checkpoint_every_steps == 0 < self.n_steps - self.step:
-                self._save()
+                self.save()
             if stopping:
                 return False
         self._finish()
         return True
 
+    def advance(self, packs: Iterator[Pack]) -> tuple[dict[str, Any], bool]:
+        """The next step, told in a line; its sums, and whether a rank was told to stop."""
+        began = time.monotonic()
+        self.step += 1
+        sums, stopping = self._step(packs)
+        self.seconds = [*self.seconds[-20:], time.monotonic() - began]
+        if self.rank == 0:
+            self._say(sums, self.seconds)
+        return sums, stopping
+
+    def _treat(self, verdict: sick.Verdict, sums: dict[str, Any]) -> bool:
+        """Record a sick step; True where training went back to the checkpoint before it."""
+        stage, size = self.stage, self.stage.batch_packs
+        packs = range((self.step - 1) * size, self.step * size)
+        event = self.health.record(verdict, self.step, sums, [row for i in packs for row in self.loader.rows(i)])
+        what = f"{stage.name}: step {self.step}, packs {packs[0]} to {packs[-1]}: "
+        what += f"loss {sums['loss']:.4f} > {event['limit']:.4f}" if event["limit"] else "loss or gradient not finite"
+        if self.rank == 0:
+            self.health.write(self.out)
+            log.warning("%s; %s, documents in %s", what, event["done"], self.out / sick.FILE)
+        if event["done"] == "recorded":
+            return False
+        if verdict == "skipped":
+            if self.health.n_skipped > stage.max_skipped:
+                raise ValueError(
+                    f"{what}, max_skipped is {stage.max_skipped}; lower learning_rate, or look at the packs"
+                )
+            return False
+        if len(self.health.quarantined) == stage.max_quarantined:
+            raise ValueError(
+                f"{what}, max_quarantined is {stage.max_quarantined}; lower learning_rate, or look at them"
+            )
+        self.health.quarantined.append(self.step)
+        self._rewind()
+        return True
+
+    def _rewind(self) -> None:
+        """Go back to the newest whole checkpoint, one for all ranks."""
+        found = self.saver.newest()
+        if found is None:
+            raise ValueError(f"{self.stage.name}: no whole checkpoint before the spike; start the stage afresh")
+        self._load(found.path, found.step, rewind=True)
+        if self.rank == 0:
+            emit({"event": "restarted", "step": self.step})
+
+    def _pass_over(self, packs: Iterator[Pack]) -> None:
+        """The next step without its packs; no collective, as every rank does it."""
+        self.step += 1
+        for _ in range(self.stage.batch_packs // self.n_ranks):
+            index = next(packs).index
+            self.rows.append(trained.passed_over(index, self.step, self.loader.rows(index)))
+
+    def packs(self) -> Generator[Pack]:
+        """This rank's packs from the next step on."""
+        share = {"batch_packs": self.stage.batch_packs, "rank": self.rank, "world_size": self.n_ranks}
+        return self.loader.iterate(self.step, **share, workers=_workers())
+
     def _step(self, packs: Iterator[Pack]) -> tuple[dict[str, Any], bool]:
         """One optimizer step: this rank's packs forward and backward, the update, the sums over ranks."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.stage, self.n_steps)
+            group["lr"] = engine.learning_rate(self.step, self.stage, self.n_steps)
         self.stall_s = 0.0
         own: Iterable[Pack] = (self._next(packs) for _ in range(self.stage.batch_packs // self.n_ranks))
         self.n_targets = int(self.step_targets[self.step - 1])
@@ -156,11 +195,12 @@ class Trainer:
             own = list(own)  # only then is it known which documents are left out, and the first backward pass needs it
             self.n_targets = int(self._sum([sum(pack.n_loss_tokens for pack in own)])[0])
         done: list[tuple[Pack, Tensor]] = []
-        for pack in own:
-            losses = self.engine(pack)  # (n_supervised,)
-            self.engine.backward(losses.sum() * self._scale(len(losses)))
-            self.engine.step()
-            done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
+        with engine.accumulation(self.engine, self.stage.batch_packs // self.n_ranks) as (share, step):
+            for pack in own:
+                losses = self.engine(pack)  # (n_supervised,)
+                self.engine.backward(sound(losses.sum()) * self._scale(len(losses)) * share)
+                step()
+                done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
         rows = [trained.row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
         self.rows += rows
         return self._reduce(rows)
@@ -191,12 +231,12 @@ class Trainer:
         own = np.zeros(first + 2 * n)
         own[:2] = self.stop, self.stall_s
         for row in rows:
-            loss = row["loss"] or 0.0
+            loss = _number(row)
             own[2] += loss * row["n_loss_tokens"] * self._scale(row["n_loss_tokens"]) / self.stage.batch_packs
             own[3:6] += row["n_tokens"], row["n_loss_tokens"], len(row["left_out"])
             for source in row["sources"]:
                 i = first + self.sources.index(source["source"])
-                own[i] += (source["loss"] or 0.0) * source["n_loss_tokens"]
+                own[i] += _number(source) * source["n_loss_tokens"]
                 own[i + n] += source["n_loss_tokens"]
         total = self._sum(own)
         of_sources = zip(self.sources, total[first : first + n], total[first + n :], strict=True)
@@ -206,7 +246,9 @@ class Trainer:
             "loss_tokens": int(total[4]),
             "left_out": int(total[5]),
             "input_stall_s": round(total[1] / self.n_ranks, 4),
-            "sources": {source: round(loss / n_loss, 6) for source, loss, n_loss in of_sources if n_loss},
+            "sources": {
+                source: round(loss / n_loss, 6) for source, loss, n_loss in of_sources if n_loss and math.isfinite(loss)
+            },
         }
         return sums, bool(total[0])
 
@@ -217,35 +259,29 @@ class Trainer:
             {"step": self.step, "n_steps": self.n_steps}
             | sums
             | {
-                "lr": learning_rate(self.step, self.stage, self.n_steps),
-                "grad_norm": None if norm is None else float(norm),
+                "loss": sick.finite(sums["loss"]),
+                "lr": engine.learning_rate(self.step, self.stage, self.n_steps),
+                "grad_norm": None if norm is None else sick.finite(float(norm)),
                 "tokens_per_s": round(sums["tokens"] / seconds[-1], 1),
                 "step_s": round(seconds[-1], 4),
                 "eta_s": round(typical_s * (self.n_steps - self.step), 1),
             }
+            | (
+                {"peak_gib": round(torch.cuda.max_memory_allocated() / memory.GIB, 2)}
+                if torch.cuda.is_available()
+                else {}
+            )
         )
 
-    def _save(self) -> None:
-        """A checkpoint from which the same number of ranks goes on bit for bit."""
-        root = self.work / "checkpoints"
-        if self.rank == 0:
-            checkpoint.begin(root, self.step)
-        dist.barrier()
-        aside = checkpoint.aside_of(root, self.step)
-        self.engine.save_checkpoint(str(aside), tag=f"global_step{self.step}", save_latest=False)
-        pq.write_table(pa.Table.from_pylist(self.rows, ROW), aside / f"rows-{self.rank:05d}.parquet")
-        dist.barrier()
-        if self.rank == 0:
-            state, facts = self.loader.plan.state(self.step), {"stage": self.stage.name, "commit": commit()}
-            made = checkpoint.seal(aside, loader=state, world_size=self.n_ranks, facts=facts)
-            log.info("checkpoint %s", made.path)
-        dist.barrier()  # else a rank told to stop may leave, and end the job, before the manifest is written
+    def save(self) -> bool:
+        """A checkpoint of this step; False where it could not be written."""
+        return self.saver.save(self.loader.plan.state(self.step), self.rows, self.health)
 
-    def _load(self, folder: Path) -> None:
-        self.step = int(self.task["first_step"])
-        self.engine.load_checkpoint(str(folder), tag=f"global_step{self.step}")
-        self.rows = pq.read_table(folder / f"rows-{self.rank:05d}.parquet").to_pylist()
-        self.loader.n_left_out = sum(len(row["left_out"]) for row in self.rows)  # max_damaged is that of the stage
+    def _load(self, folder: Path, step: int, *, rewind: bool = False) -> None:
+        self.step, self.rows = step, self.saver.load(folder, step)
+        self.health.load(folder, rewind=rewind)
+        # max_damaged is that of the stage, whatever was resumed
+        self.loader.n_left_out = sum(r["reason"] == trained.DAMAGED for row in self.rows for r in row["left_out"])
 
     def _finish(self) -> None:
         """Rows of all ranks in pack order, then the weights; `checkpoint/` comes last and says that all is there."""
@@ -256,6 +292,7 @@ class Trainer:
             aside = self.out / "trained.parquet.tmp"
             pq.write_table(pa.concat_tables(parts).sort_by("pack"), aside, compression="zstd")
             aside.replace(self.out / "trained.parquet")
+            self.health.write(self.out)
             folder = self.work / "checkpoint"
             shutil.rmtree(folder, ignore_errors=True)
             self.engine.module.solo.save_pretrained(folder)
@@ -271,23 +308,17 @@ class Trainer:
         dist.barrier()
 
 
-def _optimizer(model: torch.nn.Module, stage: Stage) -> torch.optim.AdamW:
-    """AdamW; norms (1-D) do not decay, as upstream."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    # Fused: one pass over the weights instead of ten, 3 ms instead of 12 for a step of the smallest model on a CPU.
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, eps=stage.eps, fused=True)
+def sound(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite neither is its gradient, so that every rank's engine skips the update.
+
+    A target of probability 0 has an infinite loss and a finite gradient. The device decides: no wait, no collective.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
-def _recomputed(model: SoloForCausalLM, pack_tokens: int) -> int:
-    """How many layers keep no activations: all where they would fill a GPU, none else; the numbers are the same."""
-    if not torch.cuda.is_available():
-        return 0
-    shape = model.config
-    kept = ACTIVATION_BYTES * pack_tokens * (shape.hidden_size + shape.intermediate_size // 2) * shape.num_hidden_layers
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return shape.num_hidden_layers if kept > MEMORY_SHARE * memory else 0
+def _number(row: dict[str, Any]) -> float:
+    """A row's loss: 0 where nothing is supervised, NaN where it was not finite."""
+    return row["loss"] if row["loss"] is not None else math.nan if row["n_loss_tokens"] else 0.0
 
 
 def _workers() -> int:
@@ -315,29 +346,6 @@ def _die_with_parents() -> None:
         threading.Thread(target=wait, name="supervisor", daemon=True).start()
 
 
-def _keep_memory() -> None:
-    """Let glibc keep what is freed: it gave tensors of 32 MB back to the kernel, which cleared them for each step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # absent from other C libraries
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 2**28)
-
-
-def _connect(device: str) -> None:
-    if device == "cpu":
-        _keep_memory()
-        # DeepSpeed would build a shared-memory all-reduce with g++ here. That takes 25 s and a compiler, and a SIGKILL
-        # during the build leaves a lock file behind for which every later run waits for ever. Gloo gives the same sums.
-        vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
-        deepspeed.init_distributed("gloo", verbose=False)
-        return
-    if not torch.cuda.is_available():
-        raise RuntimeError("this torch sees no GPU although the machine has one; set CUDA_VISIBLE_DEVICES= for CPU")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl", verbose=False)
-
-
 def main(job_file: Path) -> int:
     """Run one rank; its exit code."""
     _die_with_parents()
@@ -357,7 +365,7 @@ def main(job_file: Path) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         task = json.loads(job_file.read_bytes())
-        _connect(task["device"])
+        engine.connect(task["device"])
         trainer = told[0] = Trainer(task)
         if trainer.run():
             dist.destroy_process_group()
@@ -367,7 +375,7 @@ def main(job_file: Path) -> int:
         return STOPPED
     except Exception as error:  # whatever it is, the supervisor must learn this rank's reason
         traceback.print_exc()
-        emit({"event": "failed", "rank": rank, "error": " ".join(f"{type(error).__name__}: {error}".split())})
+        emit({"event": "failed", "rank": rank, "error": engine.explained(error)})
         return 1
 
 

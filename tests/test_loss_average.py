@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 
 
 def rank(paths):
-    trainer._connect("cpu")
+    trainer.engine.connect("cpu")
     for path in paths:
         rows = []
         trainer.emit = rows.append
@@ -128,16 +128,17 @@ def test_it_is_the_average_of_one_process(
     torch.set_num_threads(1)
     from safetensors.torch import load_file
 
+    from solo.engine import learning_rate
+    from solo.engine import optimizer as make_optimizer
     from solo.loader import PackLoader
     from solo.model import SoloForCausalLM
-    from solo.trainer import _optimizer, learning_rate
 
     job, rows = trained[ranks, n, average]
     stage = Stage.model_validate(job.spec["stage"])
     shards = {name: a.path for name, a in job.of("shard").items()}
     packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens, max_damaged=stage.max_damaged)
     model = SoloForCausalLM.from_spec(ModelSpec.model_validate(MODEL), TOKENS, 3).train()
-    optimizer = _optimizer(model, stage)
+    optimizer = make_optimizer(model, stage)
     batch = ranks * n
     assert len(rows) == N_STEPS == len(packs) // batch
     for step, row in enumerate(rows, 1):

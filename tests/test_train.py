@@ -87,7 +87,7 @@ def undisturbed(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFa
 
 
 def test_learning_rate_truth_table() -> None:
-    from solo.trainer import learning_rate
+    from solo.engine import learning_rate
 
     stage = Stage.model_validate(STAGE | {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 4})
     cosine = [learning_rate(s, stage, 12) for s in range(1, 13)]
@@ -152,15 +152,16 @@ def compare_with_plain_loop(job: Job, n_compared: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from solo.engine import learning_rate
+    from solo.engine import optimizer as make_optimizer
     from solo.loader import PackLoader
     from solo.model import SoloForCausalLM
-    from solo.trainer import _optimizer, learning_rate
 
     stage = Stage.model_validate(job.spec["stage"])
     shards = {name: a.path for name, a in job.of("shard").items()}
     packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens, max_damaged=stage.max_damaged)
     model = SoloForCausalLM.from_spec(ModelSpec.model_validate(MODEL), TOKENS, 3).train()
-    optimizer = _optimizer(model, stage)
+    optimizer = make_optimizer(model, stage)
     rows = metrics(job)
     for step, row in enumerate(rows[:n_compared], 1):
         for group in optimizer.param_groups:

@@ -1,8 +1,6 @@
 """trained: documents that cannot be read are left out up to a number, named, counted, and no part of an average."""
 
-import json
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_train import compare_with_plain_loop
-from tiny_stage import made, make_job, make_plan
+from tiny_stage import made, make_job, make_plan, one_rank
 
 from solo import checkpoint, run_pages, train, trained
 from solo.artifact import Artifact, Job, LedgerError
-from solo.spec import Stage
 
 
 def damage(inputs: dict[str, Artifact], root: Path, source: str, key: str) -> dict[str, Artifact]:
@@ -30,32 +27,9 @@ def damage(inputs: dict[str, Artifact], root: Path, source: str, key: str) -> di
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[[Job], list[dict]]]:
-    """Train a job in this process, a launch costs five seconds; its metrics."""
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        one |= {"MASTER_PORT": str(probe.getsockname()[1]), "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
-        for name, value in one.items():
-            patch.setenv(name, value)
-        probe.close()
-        from solo import trainer
-
-        rows: list[dict] = []
-        patch.setattr(trainer, "emit", rows.append)
-        trainer._connect("cpu")
-
-        def run(job: Job) -> list[dict]:
-            job.work.mkdir(parents=True, exist_ok=True)
-            rows.clear()
-            task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=1)
-            assert trainer.Trainer(task).run()
-            with (job.out / "metrics.jsonl").open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            return list(rows)
-
+def alone() -> Iterator[Callable[..., list[dict]]]:
+    with one_rank() as run:
         yield run
-        trainer.dist.destroy_process_group()
 
 
 def test_documents_left_out_are_counted_and_the_token_average_is_of_the_others(

@@ -3,11 +3,15 @@
 import io
 import json
 import random
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from PIL import Image
 
@@ -16,7 +20,7 @@ from solo.artifact import Artifact, Job, Manifest
 from solo.pack import PACKS, PLAN
 from solo.patches import grid, image_size
 from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
-from solo.spec import Tokens
+from solo.spec import Stage, Tokens
 from solo.tokens import Tokenizer, tokenize
 
 RECIPE = yaml.safe_load((Path(__file__).parents[1] / "datasets_spec" / "recipes" / "sample.yaml").read_text())
@@ -49,13 +53,21 @@ def samples() -> list[Sample]:
         made.append(Sample(make_key("caption", str(i)), "caption", (picture(i),), (talk,), {}))
         talk = {"role": "assistant", "content": [text(f"the cat {i} sat on the mat and the dog sat on the cat")]}
         made.append(Sample(make_key("prose", str(i)), "prose", (), (talk,), {}))
+    for i, words in enumerate(
+        ("colourless green ideas sleep furiously tonight", "seven purple umbrellas argued about zinc")
+    ):
+        talk = {"role": "assistant", "content": [text(words)]}
+        made.append(Sample(make_key("prose", f"odd {i}"), "prose", (), (talk,), {}))
     mute = {"role": "user", "content": [text("is anybody there")]}
     made.append(Sample(make_key("prose", "mute"), "prose", (), (mute,), {}))
     return made
 
 
-def make_plan(root: Path, n_steps: int) -> dict[str, Artifact]:
-    """Shards of two sources and a plan that repeats four memorisable packs; pack 1 is one without a target."""
+def make_plan(root: Path, n_steps: int, odd: int | None = None) -> dict[str, Artifact]:
+    """Shards of two sources and a plan that repeats four memorisable packs; pack 1 is one without a target.
+
+    Pack `odd` is the only one with the two texts of no cat.
+    """
     tokenizer = Tokenizer(TOKENS)
     rows, tars = {}, {}
     for sample in samples():
@@ -78,7 +90,7 @@ def make_plan(root: Path, n_steps: int) -> dict[str, Artifact]:
     kinds = [rows["caption"][:3], rows["prose"][:2], rows["prose"][2:4], rows["caption"][3:6] + rows["prose"][4:5]]
     plan, packs = [], []
     for pack in range(n_steps * STAGE["batch_packs"]):
-        documents = [mute] if pack == 1 else kinds[pack % 4]
+        documents = [mute] if pack == 1 else rows["prose"][8:10] if pack == odd else kinds[pack % 4]
         sums = {c: sum(d[c] for d in documents) for c in ("n_tokens", "n_patches", "n_loss_tokens")}
         assert sums["n_tokens"] <= STAGE["pack_tokens"]
         packs.append({"pack": pack, "first_row": len(plan), "n_rows": len(documents), "source": "mix"} | sums)
@@ -102,3 +114,45 @@ def made(folder: Path, node: str, n: int = 0, **spec: object) -> Artifact:
 def make_job(root: Path, inputs: dict[str, Artifact], **fields: object) -> Job:
     spec = {"stage": STAGE | fields, "model": MODEL, "tokens": TOKENS.model_dump(mode="json"), "seed": 3}
     return Job("train", "tiny", train.VERSION, spec, inputs, root, root / "specs", 2)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """This process as the only rank of a group."""
+    with pytest.MonkeyPatch.context() as patch:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in (one | {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}).items():
+            patch.setenv(name, value)
+        import torch
+
+        from solo import engine, trainer
+
+        torch.set_num_threads(1)  # two cost a tiny model more than they give
+        if not trainer.dist.is_initialized():  # once a process, and never ended: DeepSpeed cannot join a second group
+            engine.connect("cpu")
+        yield
+
+
+@contextmanager
+def one_rank() -> Iterator[Callable[..., list[dict]]]:
+    """What trains a job in this process, a launch costs five seconds, and gives its metrics."""
+    with joined(), pytest.MonkeyPatch.context() as patch:
+        from solo import trainer
+
+        rows: list[dict] = []
+
+        def run(job: Job, hook: Callable[[dict], object] = lambda row: None, **task: object) -> list[dict]:
+            patch.setattr(trainer, "emit", lambda row: (rows.append(row), hook(row)))
+            job.work.mkdir(parents=True, exist_ok=True)
+            rows.clear()
+            stage = Stage.model_validate(job.spec["stage"])
+            assert trainer.Trainer(train._task(job, stage, device="cpu", ranks=1) | task).run()
+            found = [row for row in rows if "loss" in row]
+            with (job.out / "metrics.jsonl").open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+            return found
+
+        yield run

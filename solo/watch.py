@@ -1,0 +1,97 @@
+"""Watch: what the ranks of a stage say, followed while they run.
+
+In: `train.log`, which the ranks write. Out: `metrics.jsonl`, one line per step that counts; each line told on; why a
+rank failed. Invariant: a step that was trained again has the later line alone. Cost: the new bytes of the log.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from solo.artifact import Job, canonical, write_atomic
+
+Metrics = dict[str, Any]
+
+PROGRESS_S = 10.0
+
+
+class Watch:
+    """Follows `train.log`: keeps `metrics.jsonl`, tells the metrics on, remembers why a rank failed."""
+
+    def __init__(self, job: Job, n_steps: int, tell: Callable[[Metrics], None] | None, *, first_step: int) -> None:
+        self.log = job.out / "train.log"
+        self.metrics = job.out / "metrics.jsonl"
+        self.tell = tell
+        self.progress = job.progress
+        self.n_steps = n_steps
+        self.failure: str | None = None
+        self.interrupted = False
+        self.said_at = time.monotonic()
+        self.log.touch()
+        # The log is written by the ranks themselves, so it has also the steps that a killed supervisor never copied.
+        self._keep(first_step)
+        self.offset = self.log.stat().st_size
+
+    def read(self, *, quiet: bool = False) -> None:
+        """Take in the whole lines that came since the last call; `quiet` tells nobody."""
+        with self.log.open("rb") as file:
+            file.seek(self.offset)
+            whole = file.read().rpartition(b"\n")[0]
+        if not whole:
+            return
+        self.offset += len(whole) + 1
+        for line in whole.split(b"\n"):
+            row = _parse(line)
+            if "loss" in row:  # an event may name a step too
+                with self.metrics.open("ab") as out:
+                    out.write(canonical(row) + b"\n")
+                if not quiet:
+                    self._say(row)
+            elif row.get("event") == "failed":
+                self.failure = self.failure or f"rank {row['rank']}: {row['error']}"
+            elif row.get("event") == "restarted":
+                self._keep(row["step"])
+            elif row.get("event") == "interrupted":
+                self.interrupted = True
+            elif killed := re.match(rb"\s*exitcode\s*:\s*-(\d+)", line):
+                name = signal.Signals(int(killed[1])).name
+                hint = {"SIGKILL": " (out of memory?)", "SIGABRT": " (a collective that another rank did not reach?)"}
+                self.failure = self.failure or f"a rank was killed by {name}{hint.get(name, '')}"
+
+    def _keep(self, last_step: int) -> None:
+        """Metrics of the steps up to this one; those after it are trained again."""
+        rows: dict[int, Metrics] = {}
+        for row in map(_parse, self.log.read_bytes().splitlines()):
+            if row.get("event") == "restarted":
+                rows = {step: known for step, known in rows.items() if step <= row["step"]}
+            elif "loss" in row and row["step"] <= last_step:
+                rows[row["step"]] = row
+        write_atomic(self.metrics, b"".join(canonical(rows[step]) + b"\n" for step in sorted(rows)))
+
+    def _say(self, row: Metrics) -> None:
+        if self.tell:
+            self.tell(row)
+        now = time.monotonic()
+        if now - self.said_at >= PROGRESS_S or row["step"] == self.n_steps:
+            self.said_at = now
+            loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+            self.progress(
+                f"step {row['step']}/{row['n_steps']} loss {loss} lr {row['lr']:.2e} "
+                f"{row['tokens_per_s']:,.0f} tokens/s, {row['eta_s']:.0f} s left"
+            )
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The metrics or event of a line, or nothing where it is an ordinary one."""
+    if line.startswith(b"{"):
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and ("event" in row or {"step", "n_steps", "loss"} <= row.keys()):
+                return row
+    return {}

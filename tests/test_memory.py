@@ -1,0 +1,136 @@
+"""memory: the arithmetic against what was measured on an H100 and against what a CPU keeps; what is refused."""
+
+import pytest
+import torch
+from tiny_stage import MODEL, STAGE, TOKENS
+
+from solo import memory, train
+from solo.memory import GIB, Machine
+from solo.spec import ModelSpec, Stage
+
+ZERO1 = {"zero_optimization": {"stage": 1}}
+BF16 = ZERO1 | {"bf16": {"enabled": True}}
+SUMMED = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
+SLICE = ModelSpec.model_validate(
+    MODEL
+    | {"hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    | {"num_hidden_layers": 8, "vocab_size": 33_031, "head_dim": None}
+)
+PACK = {"patch_px": 32, "n_tokens": 32_768}
+STAGE_BF16 = STAGE | {"precision": "bf16"}
+H100 = Machine(int(79.1 * GIB))
+
+
+@pytest.mark.parametrize(
+    ("config", "recomputed", "measured_gib"), [(BF16, 0, 67.9), (SUMMED, 2, 66.5), (BF16, 8, 41.7)]
+)
+def test_peak_is_within_5_percent_of_one_h100(config: dict, recomputed: int, measured_gib: float) -> None:
+    """Torch 2.11, DeepSpeed 0.19.8, one pack a step, all tokens supervised."""
+    use = memory.predict(SLICE, config, recompute_layers=recomputed, **PACK)
+    assert use.peak / GIB == pytest.approx(measured_gib, rel=0.05)
+
+
+def real(spec: ModelSpec):
+    from solo.model import SoloForCausalLM
+
+    return SoloForCausalLM.from_spec(spec, TOKENS, 1)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"qkv_bias": True}, {"qk_norm": True, "head_dim": 24}, {"tie_word_embeddings": True}]
+)
+def test_parameters_are_counted_as_the_model_has_them(fields: dict) -> None:
+    spec = ModelSpec.model_validate(MODEL | fields)
+    assert sum(memory.n_parameters(spec, TOKENS.patch_px).values()) == sum(p.numel() for p in real(spec).parameters())
+
+
+@pytest.mark.parametrize("recomputed", [0, 1, 3])
+def test_activations_are_those_that_a_cpu_keeps(recomputed: int) -> None:
+    """Bytes of different storages that autograd saves between embedding and head, parameters left out."""
+    from solo.attention import lay_out
+
+    shape = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 8}
+    spec = ModelSpec.model_validate(MODEL | shape | {"num_key_value_heads": 2})
+    decoder, n = real(spec).train().model, 256
+    decoder.recompute_layers = recomputed
+    own = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+        return t
+
+    x = torch.randn(n, 128, requires_grad=True)
+    documents = torch.arange(n, dtype=torch.int32) // 64
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        decoder(x, torch.arange(n) % 64, lay_out(documents, None))
+    saved = sum(s.nbytes() for s in seen.values())
+    use = memory.predict(spec, ZERO1, patch_px=0, n_tokens=n, recompute_layers=recomputed)
+    assert use.activations == pytest.approx(saved, rel=0.1)
+
+
+def test_as_few_layers_are_recomputed_as_fit() -> None:
+    config = train.deepspeed_config(
+        train.REPOSITORY / "infra/deepspeed/zero1.json", Stage.model_validate(STAGE_BF16), 1
+    )
+    full = memory.choose("s", SLICE, config, H100, asked="full", **PACK)
+    uses = [memory.choose("s", SLICE, config, H100, asked="selective", n_targets=n, **PACK) for n in (15_000, 32_768)]
+    assert [u.recompute_layers for u in uses] == [0, 1] and full.recompute_layers == 8
+    assert all(u.peak <= H100.budget for u in (*uses, full))
+    less = memory.predict(SLICE, config, recompute_layers=0, **PACK)
+    assert less.peak > H100.budget  # the guard: one layer fewer would not have fitted
+
+
+def test_the_whole_model_fits_eight_gpus_or_one_with_its_optimizer_on_the_host() -> None:
+    whole = SLICE.model_copy(update={"num_hidden_layers": 32})
+    stage = Stage.model_validate(STAGE_BF16)
+    zero1, offload = (
+        train.deepspeed_config(train.REPOSITORY / f"infra/deepspeed/{name}.json", stage, 1)
+        for name in ("zero1", "offload")
+    )
+    assert memory.choose("s", whole, zero1, Machine(H100.gpu_bytes, 8), asked="selective", **PACK).host == 0
+    host = Machine(H100.gpu_bytes, 1, 128 * GIB)
+    used = memory.choose("s", whole, offload, host, asked="selective", **PACK)
+    assert used.states == 0 and 100 < used.host / GIB < 116
+    with pytest.raises(ValueError, match=r"^s: peak memory of a GPU is predicted as 1\d\d\.\d GiB .*SOLO_DEEPSPEED="):
+        memory.choose("s", whole, zero1, H100, asked="selective", **PACK)
+    with pytest.raises(
+        ValueError, match=r"the optimizer's 108\.\d GiB > 60\.8 usable of the host's 64\.0; use more memory"
+    ):
+        memory.choose("s", whole, offload, Machine(H100.gpu_bytes, 1, 64 * GIB), asked="selective", **PACK)
+    with pytest.raises(ValueError, match=r"with 0 of 32 layers recomputed .*unset SOLO_RECOMPUTE"):
+        memory.choose("s", whole, offload, host, asked="none", **PACK)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("SOLO_GPU_GIB", "80GB", "SOLO_GPU_GIB is '80GB'; give a number"), ("SOLO_GPU_GIB", "-1", "above 0")],
+)
+def test_a_machine_is_told_in_numbers(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=says):
+        Machine.from_env()
+
+
+def test_the_policy_is_one_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.policy() == "selective"
+    monkeypatch.setenv("SOLO_RECOMPUTE", "some")
+    with pytest.raises(ValueError, match="'some' is not known; choose one of none, selective, full"):
+        memory.policy()
+
+
+def test_a_plan_says_what_each_stage_takes_and_refuses_what_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from solo.line import CHECKOUT
+    from solo.spec import RecipeSpec, load
+
+    recipe = load(RecipeSpec, "sample", CHECKOUT / "datasets_spec")
+    monkeypatch.setenv("SOLO_GPU_GIB", "80")
+    machine = Machine.from_env()
+    uses = memory.of_recipe(recipe, machine)
+    told = memory.lines(uses, machine)
+    assert list(uses) == [s.name for s in recipe.stages] and len(told) == len(uses)
+    assert told[0].startswith("train/stage-1: ") and " of 74.2 GiB of each GPU (weights " in told[0]
+    with pytest.raises(ValueError, match=r"train/stage-1: peak memory of a GPU .* with 4 of 4 layers recomputed > "):
+        memory.of_recipe(recipe, Machine(int(1.5 * GIB)))

@@ -1,0 +1,61 @@
+"""saver: a disk that is full for a while costs checkpoints and nothing else."""
+
+import logging
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_stage import make_job, make_plan, one_rank
+
+from solo import checkpoint
+from solo.artifact import Job, file_sha256
+
+LARGEST = 300_000  # bytes of a file that can still be written while the disk is "full"; the optimizer's has 25 MB
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Callable[..., list[dict]]]:
+    with one_rank() as run:
+        yield run
+
+
+def test_a_full_disk_leaves_the_training_going_with_the_older_checkpoint(
+    alone: Callable[..., list[dict]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = make_plan(tmp_path / "plan", 9)
+    calm = make_job(tmp_path / "calm", inputs, checkpoint_every_steps=100)
+    alone(calm)
+    job = make_job(tmp_path / "full", inputs, checkpoint_every_steps=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    seen: dict[int, list[str]] = {}
+
+    def fill(row: dict) -> None:
+        """Full from step 3 to step 6, and what lies there as each step ends."""
+        if "step" in row:
+            limit = LARGEST if 3 <= row["step"] < 6 else soft
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            seen[row["step"]] = sorted(p.name for p in (job.work / "checkpoints").glob("*"))
+
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with caplog.at_level(logging.INFO, logger="solo"):
+            alone(job, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    # As step n ends, its checkpoint is not begun: those of 3, 4 and 5 fail, 6 is the next.
+    assert seen[3] == seen[4] == seen[5] == seen[6] == ["step-000001", "step-000002"]
+    assert seen[7] == ["step-000002", "step-000006"] and seen[8] == ["step-000006", "step-000007"]
+    said = [record.getMessage() for record in caplog.records if "no checkpoint of step" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith(
+        "tiny: no checkpoint of step 3, training goes on with those before it: "
+    )
+    assert "checkpoints are written again, from step 6 on" in caplog.text
+    assert checkpoint.newest(job.work / "checkpoints").step == 8
+    assert weights(job) == weights(calm)
+
+
+def weights(job: Job) -> str:
+    return file_sha256(job.out / "checkpoint" / "model.safetensors")
