@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import closing, estimate, estimate_text, line, memory, runs
+from solo import cli_bench, closing, estimate, estimate_text, line, memory, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
@@ -28,10 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-bench = typer.Typer(help="Measure a part against its reference, both in one run.", no_args_is_help=True)
 show = typer.Typer(help="Look at one thing a run made.", no_args_is_help=True)
 diff = typer.Typer(help="What changed between two things a run made.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
+app.add_typer(cli_bench.app, name="bench")
 app.add_typer(diff, name="diff")
 app.add_typer(show, name="show")
 out = Console(highlight=False)
@@ -180,46 +179,6 @@ def show_pack(
     typer.echo(f"wrote {html}")
 
 
-@bench.command("loader")
-def bench_loader(as_json: Json = False) -> None:
-    """Tokens per second and core of the loader, against the straightforward path on the same bytes."""
-    from solo import bench_loader as measured
-
-    _figures(measured.run(), as_json)
-
-
-@bench.command("pack")
-def bench_pack(as_json: Json = False) -> None:
-    """Fill and speed of the pack plan, against TRL's `bfd` on the same lengths ($SOLO_TRL_PYTHON has TRL)."""
-    from solo import bench_pack as measured
-
-    _figures(measured.run(), as_json)
-
-
-@bench.command("train")
-def bench_train(
-    profile: Annotated[str, typer.Option(help="toy, h100-slice or h100-7b-offload.")] = "toy",
-    log: Annotated[Path | None, typer.Option(help="Where the trainers' own lines go.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Tokens per second and MFU of the trainer, against Hugging Face's model in the same trainer."""
-    from solo import bench_train as measured
-
-    _figures(measured.run(profile, log=log), as_json)
-
-
-@bench.command("filter")
-def bench_filter(
-    as_json: Json = False,
-    hashes: Annotated[int, typer.Option(help="Rows of the search for near images.", min=1000)] = 10_000_000,
-    texts: Annotated[int, typer.Option(help="Rows of the search for near texts.", min=1000)] = 1_000_000,
-) -> None:
-    """Signals per second and core, and near duplicates among made hashes with planted pairs, as rows grow."""
-    from solo import bench_filter as measured
-
-    _figures(measured.run(n_hashes=hashes, n_texts=texts), as_json)
-
-
 @app.command()
 def up() -> None:
     """Start this checkout's Prefect server, its worker and the deployments (loopback only)."""
@@ -262,14 +221,6 @@ def check(source: Annotated[str, typer.Argument(help="Name of a file in datasets
         typer.echo(f"  {status} {found.statuses[status]}, the first is {item.identity}: {item.error}")
 
 
-@bench.command("acquire")
-def bench_acquire(as_json: Json = False) -> None:
-    """Samples per second and core of acquire with every guard on, against plain img2dataset on the same origin."""
-    from solo import bench_acquire as measured
-
-    _figures(measured.run(), as_json)
-
-
 @app.command()
 def retry(
     source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/ that reads a URL list.")],
@@ -281,14 +232,6 @@ def retry(
 
     for text in passed.run(source, cause or [], recrawl, Settings.from_env()):
         typer.echo(text)
-
-
-def _figures(found: dict[str, Any], as_json: bool) -> None:
-    """A bench's result: one JSON line, or the ratio and what stands behind it."""
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    out.print_json(json.dumps({k: v for k, v in found.items() if k != "machine"}))
 
 
 @app.command()
@@ -367,14 +310,6 @@ def card(
     origins = {name: croissant.Origin.of(load(SourceSpec, name, settings.specs)) for name in names}
     for path in croissant.write(out_folder.resolve(), lock, origins):
         typer.echo(f"wrote {path}")
-
-
-@bench.command("curate")
-def bench_curate(as_json: Json = False) -> None:
-    """Rows per second and core of curate, against polars or pandas ($SOLO_FRAME_PYTHON has one) on the same files."""
-    from solo import bench_curate as measured
-
-    _figures(measured.run(), as_json)
 
 
 @app.command()
