@@ -331,7 +331,7 @@ def _checkpoint_s(trainer: Any) -> float:  # noqa: ANN401 - torch is not loaded 
 
 def _graphs() -> dict[str, int]:
     """Compiled graphs of the loss (1 is right, whatever the packs), all graphs, and breaks; 0 on a CPU."""
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.utils import counters
 
     from solo.model import SoloForCausalLM
