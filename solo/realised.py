@@ -87,7 +87,7 @@ def by_source(stage: Artifact, pack: Artifact, lock: Artifact) -> list[Row]:
                 "asked": ", ".join(f"{k} {asked[source][k]:g}" for k in _AMOUNTS if asked.get(source, {}).get(k)),
                 "in the mix": own["n_tokens"],
                 "not packed": own["n_tokens"] - in_plan.get("n_tokens", 0),
-                "damaged": in_plan.get("n_tokens", 0) - out.get("n_tokens", 0),
+                "left out": in_plan.get("n_tokens", 0) - out.get("n_tokens", 0),
                 "realised": out.get("n_tokens", 0),
                 "label tokens": out.get("n_loss_tokens", 0),
                 "share asked": f"{shares[0]:.2%}",

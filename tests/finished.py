@@ -104,7 +104,8 @@ def trained_rows(plan: list[dict], missing: Sequence[dict] = ()) -> pa.Table:
             | {n: sum(p[n] for p in own if p["source"] == s) for n in ("n_tokens", "n_loss_tokens")}
             for s in sorted({p["source"] for p in own})
         ]
-        out = [{f.name: p[f.name] for f in trained.LEFT_OUT} for p in missing if p["pack"] == pack]
+        lost = [p | {"reason": trained.DAMAGED} for p in missing if p["pack"] == pack]
+        out = [{f.name: p[f.name] for f in trained.LEFT_OUT} for p in lost]
         row = {"pack": pack, "step": 1, "loss": 1.0, "n_documents": len(own), "sources": sources, "left_out": out}
         rows.append(row | sums)
     return pa.Table.from_pylist(rows, trained.ROW)

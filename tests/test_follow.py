@@ -64,7 +64,7 @@ def test_a_stop_is_passed_on_and_waited_for(number: int, tmp_path: Path) -> None
             command(SAVES, []), cwd=CHECKOUT, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
         )
     deadline = time.monotonic() + 20
-    while "ready" not in (tmp_path / "log").read_text():
+    while "ready\n" not in (tmp_path / "log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)

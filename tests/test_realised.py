@@ -59,9 +59,9 @@ def test_what_was_trained_and_left_out_is_what_was_planned(root: Path, n_missing
     realised.check("train/first", made.path / "trained.parquet", plan)
     rows = {r["source"]: r for r in realised.by_source(made, inputs["pack/toy"], inputs["curate/toy"])}
     for r in rows.values():
-        assert r["in the mix"] == r["not packed"] + r["damaged"] + r["realised"]
+        assert r["in the mix"] == r["not packed"] + r["left out"] + r["realised"]
     assert (rows["a"]["in the mix"], rows["b"]["in the mix"], rows["b"]["not packed"]) == (42, 50, 30)
-    assert rows["a"]["damaged"] == {0: 0, 1: 5, 3: 17}[n_missing]
+    assert rows["a"]["left out"] == {0: 0, 1: 5, 3: 17}[n_missing]
     assert rows["a"]["asked"] == "epochs 2"
 
 
