@@ -32,7 +32,7 @@ recipe: setup
 	@$(BIN)/python -m flows.server prefect deployment run solo/full-recipe --watch --param recipe=$(RECIPE)
 	@$(BIN)/solo report $(RECIPE)
 
-# A file to a process: many tests wait for servers and ranks, and two files at once take two thirds of the time.
+# A file to a process, two at once: many tests wait for servers and ranks.
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -37,7 +37,7 @@ __all__ = ["PACKS", "PLAN", "VERSION", "run"]
 
 # 2: packs of a step ordered for equal attention; an incomplete batch drops the emptiest packs
 # 3: the ends of sources share packs; more orders tried for the end of a stream; another order inside a step
-VERSION = 3
+VERSION = 3  # 3: ends of sources share packs; short streams are tried in more orders
 
 OVER_LONG = "over_long"
 INCOMPLETE_BATCH = "incomplete_batch"

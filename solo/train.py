@@ -38,7 +38,7 @@ from solo.watch import Metrics, Watch
 
 # 2: trained.parquet names the documents left out; counts are of documents. 3: a saved processor says plain_eos
 # 4: trained.parquet says why a document was left out
-VERSION = 4
+VERSION = 4  # 4: documents left out have a reason; a step that is sick is skipped or passed over
 
 log = logging.getLogger(__name__)
 

@@ -42,10 +42,7 @@ ROW = pa.schema(
     [
         ("pack", pa.int64()),
         ("step", pa.int64()),
-        (
-            "loss",
-            pa.float64(),
-        ),  # mean cross entropy of the pack's supervised tokens; null where it has none, or is not finite
+        ("loss", pa.float64()),  # mean over the pack's supervised tokens; null where it has none or is not finite
         ("n_documents", pa.int64()),  # a piece of a cut text is one
         ("n_tokens", pa.int64()),
         ("n_loss_tokens", pa.int64()),
