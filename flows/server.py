@@ -27,7 +27,7 @@ STATE = HOME / "solo-server.json"
 POOL = "solo-local"
 DEFAULT_PORT = 4200
 START_S = 120.0
-STOP_S = 40.0  # longer than a stage needs for its checkpoint (solo.train.GRACE_S)
+STOP_S = 40.0  # longer than a stage needs for its checkpoint (solo.launch.GRACE_S)
 MARK = "# written by `solo up`"
 
 

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import memory, train
+from solo import launch, memory, train
 from solo.bench_loader import TOKENS
 from solo.bench_mix import make_mix
 from solo.pack import PACKS, PLAN
@@ -102,7 +102,7 @@ def run(profile: str = "toy", *, log: Path | None = None) -> dict[str, Any]:
         out = log or folder / "train.log"
         for way in chosen.ways:
             command = [sys.executable, "-m", "solo.bench_train", profile, way, str(folder)]
-            env = train._environment(1, device) | {"SOLO_SUPERVISED": ""}  # type: ignore[arg-type]
+            env = launch.environment(1, device) | {"SOLO_SUPERVISED": ""}  # type: ignore[arg-type]
             with out.open("ab") as file:
                 code = subprocess.run(command, stdout=file, stderr=file, env=env, check=False).returncode
             if code:

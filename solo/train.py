@@ -13,24 +13,19 @@ import json
 import logging
 import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, realised, sick, trained
+from solo import checkpoint, launch, realised, sick, trained
 from solo.artifact import Job, Result, canonical, write_atomic
+from solo.launch import Device, Interrupted
 from solo.plan import Plan
 from solo.spec import ModelSpec, Stage, Tokens
 from solo.tokenizer import Tokenizer, check_model
@@ -42,9 +37,7 @@ VERSION = 4  # 4: documents left out have a reason; a step that is sick is skipp
 
 log = logging.getLogger(__name__)
 
-Device = Literal["cpu", "cuda"]
-
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = launch.REPOSITORY
 DEEPSPEED = {"cpu": "infra/deepspeed/cpu.json", "cuda": "infra/deepspeed/zero1.json"}
 
 # What a DeepSpeed file may say: how to run. Everything else it knows changes the weights, and the recipe says that.
@@ -70,13 +63,6 @@ OWNERS = {
     "bf16": "precision",
     "fp16": "precision",
 }
-
-GRACE_S = 20.0  # Prefect kills a run 30 s after it asked, and the ranks' checkpoint must be on disk before that
-POLL_S = 0.1
-
-
-class Interrupted(RuntimeError):
-    """The stage was told to stop, and did; run it again and it goes on from its newest checkpoint."""
 
 
 def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
@@ -125,7 +111,7 @@ def rank_count(n_gpus: int, stage: Stage) -> int:
     asked = os.environ.get("SOLO_RANKS")
     if asked is not None and not (asked.isdigit() and int(asked) > 0):
         raise ValueError(f"SOLO_RANKS: {asked!r} is not a number of processes; set 1 or more, or unset it")
-    ranks = int(asked) if asked else n_gpus or min(2, _core_count())
+    ranks = int(asked) if asked else n_gpus or min(2, launch.core_count())
     if n_gpus and ranks > n_gpus:
         raise ValueError(f"SOLO_RANKS: {ranks} processes need as many GPUs, {n_gpus} are visible; unset it")
     if stage.batch_packs % ranks:
@@ -173,10 +159,6 @@ def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
     return config
 
 
-def _core_count() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, Any]:
     """All that a rank needs to know, as the JSON of its job file."""
     before = list(job.of("train").values())
@@ -217,8 +199,8 @@ def _train(job: Job, task: dict[str, Any], watch: Watch, *, ranks: int, device: 
     command += ["--nproc-per-node", str(ranks), "-m", "solo.trainer", str(job_file)]
     code = 0
     try:
-        with _sigterm_raises():
-            code = _follow(command, _environment(ranks, device), watch)
+        with launch.sigterm_raises():
+            code = launch.follow(command, launch.environment(ranks, device), watch)
     except Interrupted:
         watch.interrupted = True
     if watch.interrupted:
@@ -226,70 +208,6 @@ def _train(job: Job, task: dict[str, Any], watch: Watch, *, ranks: int, device: 
     if code or not (job.out / "checkpoint").is_dir():
         why = watch.failure or f"the launcher ended with code {code}"
         raise RuntimeError(f"train/{job.name}: {why}; the whole story is in {watch.log}")
-
-
-def _environment(ranks: int, device: Device) -> dict[str, str]:
-    path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
-    env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "SOLO_SUPERVISED": "1"}
-    env["OMP_NUM_THREADS"] = str(max(1, _core_count() // ranks))
-    if device == "cpu":
-        # Nothing is compiled on a CPU, yet DeepSpeed's optimizer check decorates Muon with torch.compile, which loads
-        # inductor: 1.4 s of every start.
-        env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
-        if Path("/sys/class/net/lo").exists():
-            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo resolves the host name, which containers may lack
-    return env
-
-
-def _follow(command: Sequence[str], env: dict[str, str], watch: Watch) -> int:
-    """Exit code of the launcher, its log followed meanwhile."""
-    with watch.log.open("ab") as out:
-        # The ranks hold the other end of this pipe and exit when it closes, which the kernel does even after SIGKILL.
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-    try:
-        while child.poll() is None:
-            watch.read()
-            time.sleep(POLL_S)
-        watch.read()
-        return child.returncode
-    finally:
-        _stop(child)
-        watch.read(quiet=True)
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the group, which its ranks answer with a checkpoint; SIGKILL to what is left after the grace."""
-    assert child.stdin
-    try:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGTERM)  # the launcher passes it on: each rank leads a session of its own
-            child.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        log.warning("the ranks did not end within %.0f s of SIGTERM; killed", GRACE_S)
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        child.stdin.close()
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn a SIGTERM that would end this process on the spot into `Interrupted`; a handler set by others stays."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("SIGTERM")
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _left(job: Job) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_stage import make_job, make_plan, one_rank
 
-from solo import train
+from solo import launch, train
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ os._exit(0)
 
 
 def test_a_stuck_rank_ends_the_others_with_a_named_error() -> None:
-    env = train._environment(1, "cpu") | {"SOLO_TIMEOUT_S": "2"}
+    env = launch.environment(1, "cpu") | {"SOLO_TIMEOUT_S": "2"}
     done = subprocess.run(
         [sys.executable, "-c", STUCK], env=env, capture_output=True, text=True, timeout=50, check=False
     )

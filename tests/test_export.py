@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny_stage import joined, make_job, make_plan
 
-from solo import artifact, export, train
+from solo import artifact, export, launch, train
 from solo.artifact import Artifact, Job, Manifest
 from solo.spec import Stage
 
@@ -74,7 +74,7 @@ def test_a_fresh_process_has_the_trainer_s_logits(stage: tuple[Artifact, list], 
     for path in to.iterdir():
         for place in (made.path, train.REPOSITORY):
             assert str(place).encode() not in path.read_bytes(), path
-    env = train._environment(1, "cpu")
+    env = launch.environment(1, "cpu")
     command = [sys.executable, "-c", FRESH, str(to), json.dumps(IDS)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

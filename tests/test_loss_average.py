@@ -12,7 +12,7 @@ import test_trained
 import tiny_stage
 from tiny_stage import MODEL, TOKENS
 
-from solo import train
+from solo import launch, train
 from solo.artifact import Artifact
 from solo.spec import ModelSpec, Stage
 
@@ -105,7 +105,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, st
     ended = subprocess.run(
         [sys.executable, "-c", RANKS_OF],
         input="\n".join(lines),
-        env=train._environment(1, "cpu"),
+        env=launch.environment(1, "cpu"),
         capture_output=True,
         text=True,
         check=False,
