@@ -1,7 +1,7 @@
 """Metadata inside an image's bytes: whether it tells a place, and the same image without it.
 
 In: encoded JPEG, PNG, WebP or GIF bytes, hostile ones included. Out: what the metadata says, or bytes that hold no
-EXIF but the orientation, no XMP, IPTC, comment or text, no second picture and nothing behind the end. Invariants: no
+EXIF but the orientation, no XMP, IPTC, comment or text, no thumbnail or second picture and nothing behind the end. Invariants: no
 pixel is decoded and no coded byte changes, so the picture stays the same to the last bit and is turned the same way;
 what cannot be parsed comes back as it was up to where it was understood (and decodes no better); twice is the same as
 once. Cost: a walk over the file's segments, some 0.1 ms.
@@ -24,7 +24,9 @@ PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME")
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 SOI, EOI, SOS, COM, TEM = 0xD8, 0xD9, 0xDA, 0xFE, 0x01
 APP = range(0xE0, 0xF0)
-APP_KEPT = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}  # what a decoder reads
+JFIF, ICC_PROFILE = 0xE0, 0xE2
+JFIF_BYTES = 18  # of a segment without a thumbnail
+APP_KEPT = {JFIF: b"JFIF\0", ICC_PROFILE: b"ICC_PROFILE\0", 0xEE: b"Adobe"}  # what a decoder reads
 VP8X_EXIF, VP8X_XMP = 0x08, 0x04
 GIF_KEPT = (b"NETSCAPE2.0", b"ANIMEXTS1.0", b"ICCRGBG1012")
 
@@ -41,10 +43,13 @@ def read(data: bytes) -> tuple[bool, bool]:
     return place or b"GPSLatitude" in data, moves  # XMP names it in plain text
 
 
-def strip(data: bytes) -> bytes:
-    """The same image without metadata but its orientation; another format comes back as it is."""
+def strip(data: bytes, *, profile: bool = True) -> bytes:
+    """The same image without metadata but its orientation; another format comes back as it is.
+
+    `profile=False` drops a JPEG's colour profile too, which moves no pixel: it only says what the colours mean.
+    """
     if data.startswith(b"\xff\xd8\xff"):
-        return _jpeg(data, _orientation(data))
+        return _jpeg(data, _orientation(data), profile=profile)
     if data.startswith(PNG):
         return _png(data, _orientation(data))
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -67,7 +72,7 @@ def _tiff(orientation: int) -> bytes:
     return b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, ExifTags.Base.Orientation, 3, 1, orientation, 0, 0)
 
 
-def _jpeg(data: bytes, orientation: int) -> bytes:
+def _jpeg(data: bytes, orientation: int, *, profile: bool) -> bytes:
     out = [data[:2]]
     if orientation != 1:
         tag = EXIF + _tiff(orientation)
@@ -75,6 +80,12 @@ def _jpeg(data: bytes, orientation: int) -> bytes:
     for marker, start, end in _segments(data):
         body = data[start + 4 : end]
         if marker == COM or (marker in APP and not body.startswith(APP_KEPT.get(marker, b"\0no"))):
+            continue
+        if marker == ICC_PROFILE and not profile:
+            continue
+        if marker == JFIF and end - start > JFIF_BYTES:
+            size = struct.pack(">H", JFIF_BYTES - 2)
+            out.append(data[start : start + 2] + size + data[start + 4 : start + JFIF_BYTES - 2] + b"\0\0")
             continue
         out.append(data[start:end])
     return b"".join(out)

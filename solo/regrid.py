@@ -17,15 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from solo import patches
+from solo import exif, patches
 from solo.spec import GridPictures, Tokens
 
 FORMS = ("as_came", "bare", "jpeg", "png")  # bare: as it came but for its metadata, the same pixels
 JPEG = b"\xff\xd8\xff"
 LOSSLESS = (b"\x89PNG", b"GIF8")
-APP0, APP14, APP15, COMMENT, START_OF_SCAN = 0xE0, 0xEE, 0xEF, 0xFE, 0xDA
-END_OF_IMAGE = b"\xff\xd9"
-JFIF_BYTES = 18  # a JFIF segment without a thumbnail
 # 4:2:0 decodes a third faster than 4:4:4 at quality 90 (365 against 270 megapixels a second of one core) and costs
 # photograph-like pictures 0.5 dB; saturated line art loses up to 10 dB to it (31 instead of 42), at any quality.
 # So 4:4:4 only where 4:2:0 is under 40 dB and 4:4:4 wins clearly: noise alone is not better for it.
@@ -87,24 +84,9 @@ def _bare(data: bytes, shown: Image.Image) -> bytes | None:
         return None
     if Image.open(io.BytesIO(data)).mode not in ("RGB", "L"):
         return None
-    kept = _without_metadata(data)
+    kept = exif.strip(data, profile=False)
     try:
         same = kept == data or patches.open_rgb(kept).tobytes() == shown.tobytes()
     except patches.ImageError:
         return None
     return kept if same else None
-
-
-def _without_metadata(data: bytes) -> bytes:
-    """A JPEG's tables and scans; empty where its segments are not end to end."""
-    kept, at = [data[:2]], 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == START_OF_SCAN:
-            end = data.find(END_OF_IMAGE, at)  # in coded data each 255 is followed by a 0
-            return b"".join([*kept, data[at : end + len(END_OF_IMAGE)]])
-        plain_jfif = marker == APP0 and length == JFIF_BYTES
-        if plain_jfif or marker == APP14 or not (APP0 <= marker <= APP15 or marker == COMMENT):
-            kept.append(data[at : at + length])
-        at += length
-    return b""

@@ -39,7 +39,8 @@ from solo.spec import Shard, Spec, SpecError, Tokens
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # 3: pictures that stay as served lose their metadata; the ledger carries what curate compares
+# 3: pictures that stay as served lose their metadata; the ledger carries what curate compares
+VERSION = 4  # 4: a JPEG's JFIF segment stays without its thumbnail, also where pictures lie at their grid
 
 # Signals that curate may ask for; those of pictures tell of them as they came.
 CARRIED = (

@@ -84,6 +84,15 @@ def test_a_second_picture_goes():
     assert same_pixels(out.getvalue(), bare)
 
 
+def test_a_thumbnail_in_the_jfif_segment_goes():
+    data = picture(30, 20, kind="JPEG")
+    assert data[2:4] == b"\xff\xe0" and data[18:20] == b"\0\0"
+    pixels = bytes(range(2 * 3 * 3))
+    dressed = data[:4] + struct.pack(">H", 16 + len(pixels)) + data[6:18] + b"\2\3" + pixels + data[20:]
+    assert same_pixels(data, dressed)
+    assert exif.strip(dressed) == data
+
+
 def test_exif_after_the_pixels_of_a_png_goes_and_turns_nothing():
     data = picture(30, 20)
     body = b"eXIf" + tag(6)[6:]

@@ -93,6 +93,7 @@ def test_metadata_goes_and_the_coded_pixels_stay():
         encode(image, "JPEG", quality=60, xmp=b"<x:xmpmeta/>"),
         plain + b"and more",
         plain + encode(image, "JPEG", exif=PLACE),
+        plain[:2] + b"\xff" + plain[2:],  # a fill byte
     ):
         assert dressed != plain
         stored = regrid(dressed, TOKENS, GOOD)
@@ -107,10 +108,6 @@ def test_what_only_looks_like_a_plain_jpeg_is_compressed_again():
     exif[0x0112] = 3
     assert regrid(encode(smooth(64, 48), "JPEG", exif=exif), TOKENS, GOOD).form == "jpeg"
     assert regrid(encode(smooth(64, 48).convert("CMYK"), "JPEG"), TOKENS, GOOD).form == "jpeg"
-    data = encode(smooth(64, 48), "JPEG")
-    padded = data[:2] + b"\xff" + data[2:]  # a fill byte: allowed, and not worth a parser
-    stored = regrid(padded, TOKENS, GOOD)
-    assert stored.form == "jpeg" and stored.psnr_db > 35
 
 
 def test_flat_colours_stay_exact_where_a_png_is_the_smaller_file():
