@@ -1,10 +1,10 @@
 """Metadata inside an image's bytes: whether it tells a place, and the same image without it.
 
 In: encoded JPEG, PNG, WebP or GIF bytes, hostile ones included. Out: what the metadata says, or bytes that hold no
-EXIF but the orientation, no XMP, IPTC, comment or text, no thumbnail or second picture and nothing behind the end. Invariants: no
-pixel is decoded and no coded byte changes, so the picture stays the same to the last bit and is turned the same way;
-what cannot be parsed comes back as it was up to where it was understood (and decodes no better); twice is the same as
-once. Cost: a walk over the file's segments, some 0.1 ms.
+EXIF but the orientation, no XMP, IPTC, comment or text, no thumbnail or second picture and nothing behind the end.
+Invariants: no pixel is decoded and no coded byte changes, so the picture stays the same to the last bit and is turned
+the same way; what cannot be parsed comes back as it was up to where it was understood (and decodes no better); twice
+is the same as once. Cost: a walk over the file's segments, some 0.1 ms.
 """
 
 from __future__ import annotations
