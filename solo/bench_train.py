@@ -93,7 +93,7 @@ def run(profile: str = "toy", *, log: Path | None = None) -> dict[str, Any]:
     chosen = find(profile)
     device = "cpu" if chosen.precision == "fp32" else "cuda"
     if device == "cuda":
-        if not train.gpu_count():
+        if not launch.gpu_count():
             raise ValueError(f"bench train: profile {profile} needs a GPU, none is visible; use --profile toy")
         train.check_compiler()
     with tempfile.TemporaryDirectory(prefix="solo-bench-") as name:

@@ -101,6 +101,17 @@ def run(
 
 
 @app.command()
+def join(
+    head: Annotated[str, typer.Argument(help="HOST:PORT at which the head listens, its SOLO_HEAD.")],
+    address: Annotated[str | None, typer.Option(help="Address of this host, where it has several.")] = None,
+) -> None:
+    """Train beside another host, the head: serve the stages it starts with SOLO_HOSTS set, until ended."""
+    from solo import join as joined
+
+    joined.main(head, address)
+
+
+@app.command()
 def report(recipe: Recipe, as_json: Json = False) -> None:
     """Print the closing table, the scores and the links of a recipe's last run."""
     from solo.report import closing_rows, in_order, summarise

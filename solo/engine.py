@@ -21,9 +21,11 @@ import deepspeed.ops
 import torch
 from torch import Tensor, nn
 
+from solo import launch
 from solo.loader import Pack
 from solo.model import SoloForCausalLM
 from solo.spec import Stage
+from solo.watch import GONE
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
@@ -101,7 +103,7 @@ def learning_rate(step: int, stage: Stage, n_steps: int) -> float:
 
 def connect(device: str) -> None:
     """Join the other ranks; a collective that they do not all reach within $SOLO_TIMEOUT_S is an error."""
-    limit = timedelta(seconds=timeout_s())
+    limit = timedelta(seconds=launch.timeout_s())
     if device == "cpu":
         _keep_memory()
         # DeepSpeed would build a shared-memory all-reduce with g++ here. That takes 25 s and a compiler, and a SIGKILL
@@ -115,22 +117,16 @@ def connect(device: str) -> None:
     deepspeed.init_distributed("nccl", timeout=limit, verbose=False)
 
 
-def timeout_s() -> float:
-    """$SOLO_TIMEOUT_S, else what DeepSpeed waits."""
-    asked = os.environ.get("SOLO_TIMEOUT_S", "1800")
-    if not (asked.isdigit() and int(asked) > 0):
-        raise ValueError(f"SOLO_TIMEOUT_S is {asked!r}; give whole seconds, 1 or more")
-    return float(asked)
-
-
 def explained(error: Exception) -> str:
     """An error of a rank in one line; one of a collective says what it means."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, RuntimeError):
         if "imed out" in line or "timeout" in line.lower():
-            return f"a collective was not reached by every rank within {timeout_s():.0f} s, one is stuck ({line})"
+            return (
+                f"a collective was not reached by every rank within {launch.timeout_s():.0f} s, one is stuck ({line})"
+            )
         if "onnection closed by peer" in line or "onnection reset by peer" in line:
-            return f"another rank is gone ({line})"
+            return f"{GONE} ({line})"
     return line
 
 

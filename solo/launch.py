@@ -1,7 +1,8 @@
 """Launch: the ranks of a stage as a process group of its own, followed to their end.
 
-In: a command and its environment. Out: its exit code. Invariants: a SIGTERM to this process reaches the ranks, which
-answer it with a checkpoint; no process outlives this one, whatever ended it. Cost: a look at the log each 0.1 s.
+In: a job file, the ranks of each host. Out: the launcher's exit code. Invariants: a SIGTERM to this process reaches the
+ranks of every host, which answer it with a checkpoint; none outlives this process, whatever ended it; where the ranks
+of one host end, those of the others do within SETTLE_S twice. Cost: a look at the log each 0.1 s.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from solo import hosts
+from solo.hosts import Gang, Place
 from solo.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -25,6 +30,7 @@ log = logging.getLogger(__name__)
 Device = Literal["cpu", "cuda"]
 REPOSITORY = Path(__file__).parents[1]
 GRACE_S = 20.0  # Prefect kills a run 30 s after it asked, and the ranks' checkpoint must be on disk before that
+SETTLE_S = 5.0  # for the ranks of one host to end, and to say why, once those of another have
 POLL_S = 0.1
 
 
@@ -37,7 +43,23 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def environment(ranks: int, device: Device) -> dict[str, str]:
+def gpu_count() -> int:
+    """GPUs this process may use, without loading torch: CUDA_VISIBLE_DEVICES where set, else the device files."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def timeout_s() -> float:
+    """$SOLO_TIMEOUT_S, else what DeepSpeed waits."""
+    asked = os.environ.get("SOLO_TIMEOUT_S", "1800")
+    if not (asked.isdigit() and int(asked) > 0):
+        raise ValueError(f"SOLO_TIMEOUT_S is {asked!r}; give whole seconds, 1 or more")
+    return float(asked)
+
+
+def environment(ranks: int, device: Device, place: Place | None = None) -> dict[str, str]:
     """What the ranks of one host run in."""
     path = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
     env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "SOLO_SUPERVISED": "1"}
@@ -46,38 +68,79 @@ def environment(ranks: int, device: Device) -> dict[str, str]:
         # Nothing is compiled on a CPU, yet DeepSpeed's optimizer check decorates Muon with torch.compile, which loads
         # inductor: 1.4 s of every start.
         env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
-        if Path("/sys/class/net/lo").exists():
-            env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo resolves the host name, which containers may lack
+        # Else gloo resolves the host name, which containers may lack.
+        if interface := hosts.interface_of(place.address if place else "127.0.0.1"):
+            env.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if place:
+        env["SOLO_HOST"] = f"{socket.gethostname()} ({place.address})"
     return env
 
 
-def follow(command: Sequence[str], env: dict[str, str], watch: Watch) -> int:
-    """Exit code of the launcher, its log followed meanwhile."""
+def command(job_file: Path, ranks: int, place: Place | None = None) -> list[str]:
+    """What starts the ranks of one host: torchrun, alone or in a rendezvous with other hosts."""
+    where = place.arguments() if place else ["--standalone", "--local-addr", "127.0.0.1"]
+    start = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks)]
+    return [*start, "-m", "solo.trainer", str(job_file)]
+
+
+def run(job_file: Path, watch: Watch, *, ranks: int, device: Device, n_hosts: int, root: Path) -> int:
+    """Exit code of the launcher on this host, `ranks` being those of each host."""
+    gang = hosts.gather(n_hosts, timeout_s(), watch.progress) if n_hosts > 1 else Gang()
+    try:
+        place = gang.launch(job_file, ranks=ranks, device=device, root=root) if n_hosts > 1 else None
+        return _follow(command(job_file, ranks, place), environment(ranks, device, place), watch, gang)
+    finally:
+        gang.close()
+
+
+def _follow(command: Sequence[str], env: dict[str, str], watch: Watch, gang: Gang) -> int:
+    """Exit code of the launcher, 1 where another host failed; the log of all hosts followed meanwhile."""
     with watch.log.open("ab") as out:
         # The ranks hold the other end of this pipe and exit when it closes, which the kernel does even after SIGKILL.
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
-    try:
-        while child.poll() is None:
+        grace_s = GRACE_S
+
+        def look() -> bool:
+            gang.read(out)
             watch.read()
-            time.sleep(POLL_S)
-        watch.read()
-        return child.returncode
-    finally:
-        _stop(child)
-        watch.read(quiet=True)
+            return child.poll() is None and not gang.failed
+
+        try:
+            while look():
+                time.sleep(POLL_S)
+            grace_s = SETTLE_S  # a checkpoint needs the ranks of every host
+            _wait(lambda: look() or child.poll() is None or not gang.over, SETTLE_S)
+            return child.returncode or int(gang.failed)
+        finally:
+            gang.stop()
+            _stop(child, grace_s, lambda: gang.read(out))
+            _wait(lambda: not gang.drained(out), SETTLE_S)
+            watch.read(quiet=True)
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
+def _wait(pending: Callable[[], bool], limit_s: float) -> None:
+    """Until nothing is pending any more, or the limit."""
+    deadline = time.monotonic() + limit_s
+    while pending() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
+def _stop(child: subprocess.Popen[bytes], grace_s: float, meanwhile: Callable[[], None]) -> None:
     """SIGTERM to the group, which its ranks answer with a checkpoint; SIGKILL to what is left after the grace."""
     assert child.stdin
+
+    def alive() -> bool:
+        meanwhile()
+        return child.poll() is None
+
     try:
-        if child.poll() is None:
+        if alive():
             os.killpg(child.pid, signal.SIGTERM)  # the launcher passes it on: each rank leads a session of its own
-            child.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        log.warning("the ranks did not end within %.0f s of SIGTERM; killed", GRACE_S)
+            _wait(alive, grace_s)
+            if child.poll() is None:
+                log.warning("the ranks did not end within %.0f s of SIGTERM; killed", grace_s)
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)

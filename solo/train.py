@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, launch, realised, sick, trained
+from solo import checkpoint, hosts, launch, realised, sick, trained
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.launch import Device, Interrupted
 from solo.plan import Plan
@@ -79,8 +78,8 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     assert plan.num_rows % stage.batch_packs == 0, f"pack left {plan.num_rows} packs, batches of {stage.batch_packs}"
     n_steps = plan.num_rows // stage.batch_packs
     checkpoint.Keep.from_env()
-    n_gpus = gpu_count()
-    ranks = rank_count(n_gpus, stage)
+    n_gpus = launch.gpu_count()
+    ranks = rank_count(n_gpus, stage, hosts.count())
     device: Device = "cuda" if n_gpus else "cpu"
     if device == "cuda":
         check_compiler()
@@ -91,14 +90,6 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     return _result(job, plan, n_steps=n_steps, ranks=ranks)
 
 
-def gpu_count() -> int:
-    """GPUs this process may use, without loading torch: CUDA_VISIBLE_DEVICES where set, else the device files."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
 def check_compiler() -> None:
     """Refuse to start on a GPU without a C compiler: attention is compiled there. A CPU needs none."""
     compilers = [os.environ.get("CC") or "gcc", "clang"]
@@ -106,19 +97,25 @@ def check_compiler() -> None:
         raise ValueError(f"no C compiler, none of {compilers}; a GPU's attention is compiled: install gcc or set CC")
 
 
-def rank_count(n_gpus: int, stage: Stage) -> int:
-    """$SOLO_RANKS, else one rank per GPU, else two (or the one core there is); they must divide the batch."""
+def rank_count(n_gpus: int, stage: Stage, n_hosts: int = 1) -> int:
+    """Ranks of all hosts; of each $SOLO_RANKS, else one per GPU, else two (or the one core there is).
+
+    They must divide the batch.
+    """
     asked = os.environ.get("SOLO_RANKS")
     if asked is not None and not (asked.isdigit() and int(asked) > 0):
         raise ValueError(f"SOLO_RANKS: {asked!r} is not a number of processes; set 1 or more, or unset it")
-    ranks = int(asked) if asked else n_gpus or min(2, launch.core_count())
-    if n_gpus and ranks > n_gpus:
-        raise ValueError(f"SOLO_RANKS: {ranks} processes need as many GPUs, {n_gpus} are visible; unset it")
+    of_host = int(asked) if asked else n_gpus or min(2, launch.core_count())
+    if n_gpus and of_host > n_gpus:
+        raise ValueError(f"SOLO_RANKS: {of_host} processes need as many GPUs, {n_gpus} are visible; unset it")
+    ranks = of_host * n_hosts
     if stage.batch_packs % ranks:
-        fitting = [n for n in range(1, stage.batch_packs + 1) if stage.batch_packs % n == 0]
+        fitting = [n for n in range(1, stage.batch_packs // n_hosts + 1) if stage.batch_packs % (n * n_hosts) == 0]
+        many, remedy = (f" on {n_hosts} hosts", " or change SOLO_HOSTS") if n_hosts > 1 else ("", "")
         raise ValueError(
-            f"{stage.name}: batch_packs = {stage.batch_packs} = {stage.batch_packs // ranks} x {ranks} ranks + "
+            f"{stage.name}: batch_packs = {stage.batch_packs} = {stage.batch_packs // ranks} x {ranks} ranks{many} + "
             f"{stage.batch_packs % ranks}; every rank must train as many packs, so set SOLO_RANKS to one of {fitting}"
+            f"{remedy}"
         )
     return ranks
 
@@ -195,12 +192,12 @@ def _train(job: Job, task: dict[str, Any], watch: Watch, *, ranks: int, device: 
     write_atomic(job_file, canonical(task))
     if task["resume"]:
         job.progress(f"goes on after step {task['first_step']}/{watch.n_steps} from {task['resume']}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command += ["--nproc-per-node", str(ranks), "-m", "solo.trainer", str(job_file)]
-    code = 0
+    code, n_hosts = 0, hosts.count()
     try:
         with launch.sigterm_raises():
-            code = launch.follow(command, launch.environment(ranks, device), watch)
+            code = launch.run(
+                job_file, watch, ranks=ranks // n_hosts, device=device, n_hosts=n_hosts, root=job.root.resolve()
+            )
     except Interrupted:
         watch.interrupted = True
     if watch.interrupted:

@@ -375,7 +375,7 @@ def main(job_file: Path) -> int:
         return STOPPED
     except Exception as error:  # whatever it is, the supervisor must learn this rank's reason
         traceback.print_exc()
-        emit({"event": "failed", "rank": rank, "error": engine.explained(error)})
+        emit({"event": "failed", "host": os.environ.get("SOLO_HOST"), "rank": rank, "error": engine.explained(error)})
         return 1
 
 

@@ -19,6 +19,7 @@ from solo.artifact import Job, canonical, write_atomic
 Metrics = dict[str, Any]
 
 PROGRESS_S = 10.0
+GONE = "another rank is gone"
 
 
 class Watch:
@@ -32,6 +33,7 @@ class Watch:
         self.n_steps = n_steps
         self.failure: str | None = None
         self.interrupted = False
+        self.rank = "?"  # of which the launcher's summary tells
         self.said_at = time.monotonic()
         self.log.touch()
         # The log is written by the ranks themselves, so it has also the steps that a killed supervisor never copied.
@@ -54,7 +56,9 @@ class Watch:
                 if not quiet:
                     self._say(row)
             elif row.get("event") == "failed":
-                self.failure = self.failure or f"rank {row['rank']}: {row['error']}"
+                self._fail(row)
+            elif row.get("event") == "ended" and row["code"]:
+                self._fail({"host": row["host"], "error": f"its ranks ended with code {row['code']}"})
             elif row.get("event") == "restarted":
                 self._keep(row["step"])
             elif row.get("event") == "interrupted":
@@ -62,7 +66,16 @@ class Watch:
             elif killed := re.match(rb"\s*exitcode\s*:\s*-(\d+)", line):
                 name = signal.Signals(int(killed[1])).name
                 hint = {"SIGKILL": " (out of memory?)", "SIGABRT": " (a collective that another rank did not reach?)"}
-                self.failure = self.failure or f"a rank was killed by {name}{hint.get(name, '')}"
+                self._fail({"error": f"rank {self.rank} was killed by {name}{hint.get(name, '')}"})
+            elif named := re.match(rb"\s*rank\s*:\s*(\d+) ", line):  # of the launcher's summary
+                self.rank = named[1].decode()
+
+    def _fail(self, row: dict[str, Any]) -> None:
+        """Keep the first reason, but not one that is only the echo of another rank's end."""
+        where = [f"{name} {row[name]}" for name in ("host", "rank") if row.get(name) is not None]
+        reason = ": ".join(filter(None, (", ".join(where), row["error"])))
+        if self.failure is None or (GONE in self.failure and GONE not in reason):
+            self.failure = reason
 
     def _keep(self, last_step: int) -> None:
         """Metrics of the steps up to this one; those after it are trained again."""

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SOLO_ROOT", "SOLO_SPECS", "SOLO_WORKERS", "SOLO_RANKS", "SOLO_DEEPSPEED"):
+    for name in ("SOLO_ROOT", "SOLO_SPECS", "SOLO_WORKERS", "SOLO_RANKS", "SOLO_DEEPSPEED", "SOLO_HOSTS"):
         monkeypatch.delenv(name, raising=False)
 
 

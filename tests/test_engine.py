@@ -67,8 +67,6 @@ def test_a_stuck_rank_ends_the_others_with_a_named_error() -> None:
 
 
 def test_the_time_to_wait_is_whole_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from solo import engine
-
     monkeypatch.setenv("SOLO_TIMEOUT_S", "2m")
     with pytest.raises(ValueError, match="SOLO_TIMEOUT_S is '2m'; give whole seconds"):
-        engine.timeout_s()
+        launch.timeout_s()

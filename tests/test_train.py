@@ -5,11 +5,15 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +73,29 @@ def wait_until_gone(job: Job) -> None:
     while children_of(job):
         assert time.monotonic() < deadline, children_of(job)
         time.sleep(0.05)
+
+
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[subprocess.Popen]:
+    """Settings of a stage on two hosts, each one address of the loopback and half of the cores; the other's `join`."""
+    cores = sorted(os.sched_getaffinity(0))
+    own, others = cores[: max(1, len(cores) // 2)], cores[len(cores) // 2 :]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        head = f"127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"SOLO_RANKS": "1", "SOLO_HOSTS": "2", "SOLO_HEAD": head}.items():
+            patch.setenv(name, value)
+        command = [sys.executable, "-m", "solo.cli", "join", head, "--address", "127.0.0.2"]
+        os.sched_setaffinity(0, others)
+        joined = subprocess.Popen(command, stderr=(folder / "join.log").open("ab"))
+        os.sched_setaffinity(0, own)
+        try:
+            yield joined
+        finally:
+            os.sched_setaffinity(0, cores)
+            joined.terminate()
+            joined.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -200,13 +227,14 @@ def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
     undisturbed: tuple[Job, Artifact, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(tmp_path / "root", undisturbed[0].inputs)
-    monkeypatch.setenv("SOLO_RANKS", "2")
-
-    process = start(job, tmp_path)
-    wait_for_step(job, process, EVERY + 1)
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    process.wait(15)
+    with two_hosts(tmp_path) as joined:
+        process = start(job, tmp_path)
+        wait_for_step(job, process, EVERY + 1)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(15)
+        assert joined.poll() is None  # it waits for the next stage
+    assert joined.returncode == 0
     assert process.returncode != 0 and time.monotonic() - began < 15
     assert "Interrupted: train/tiny: stopped on request, checkpoint step-" in (tmp_path / "run.log").read_text()
     assert not children_of(job)
@@ -235,7 +263,10 @@ def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
     assert fault in (tmp_path / "run.log").read_text()
 
     said = []
-    done, _ = artifact.make(replace(job, progress=said.append), train.run)
+    with two_hosts(tmp_path):
+        done, _ = artifact.make(replace(job, progress=said.append), train.run)
+    assert said[1].startswith("waits for 1 more hosts to `solo join 127.0.0.1:")
+    said = said[:1]
     resumed_at = int(said[0].removeprefix("goes on after step ").partition("/")[0])
     assert resumed_at % EVERY == 0 and resumed_at >= kept
     assert outcome(job) == outcome(undisturbed[0])
@@ -243,6 +274,22 @@ def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
     calm = [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(undisturbed[0])]
     assert [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(job)] == calm
     assert not children_of(job)
+
+
+def test_a_host_that_is_gone_ends_the_stage_with_its_name(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    job = make_job(tmp_path / "root", inputs)
+    with two_hosts(tmp_path) as joined:
+        process = start(job, tmp_path)
+        wait_for_step(job, process, EVERY + 1)
+        began = time.monotonic()
+        joined.kill()
+        process.wait(20)
+    assert process.returncode == 1 and time.monotonic() - began < 20
+    name = re.escape(f"host {socket.gethostname()} (127.0.0.2)")
+    says = rf"RuntimeError: train/tiny: {name}: gone, the connection to it ended .*train\.log"
+    assert re.search(says, (tmp_path / "run.log").read_text())
+    wait_until_gone(job)
+    assert checkpoint.newest(job.work / "checkpoints").step % EVERY == 0  # where it goes on
 
 
 def refuses_other_plans(job: Job, folder: Path) -> None:

@@ -1,0 +1,114 @@
+"""hosts: what a host that joins is told, and every way in which it is not the head's equal; no rank is started."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_stage import make_job, make_plan
+
+from solo import artifact, hosts, join, train
+from solo.artifact import Job
+from solo.spec import Stage
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("hosts")
+    return make_job(folder, make_plan(folder, 2))
+
+
+@pytest.fixture
+def asked(job: Job, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+    """What the head of two hosts sends to the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        head = probe.getsockname()
+    monkeypatch.setenv("SOLO_HEAD", f"127.0.0.1:{head[1]}")
+    monkeypatch.setenv("SOLO_RECOMPUTE", "full")
+    monkeypatch.setattr(join, "SHARED_S", 0.0)
+    told: list[dict] = []
+
+    def other() -> None:
+        deadline = time.monotonic() + 10
+        while (connection := join._connect(head, "127.0.0.3")) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with connection, connection.makefile("rb") as messages:
+            connection.sendall(b'{"host":"b"}\n')
+            told.append(json.loads(messages.readline()))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    gang = hosts.gather(2, 10.0, lambda said: None)
+    task = train._task(job, Stage.model_validate(job.spec["stage"]), device="cpu", ranks=2)
+    artifact.write_atomic(job.work / "job.json", artifact.canonical(task))
+    own = gang.launch(job.work / "job.json", ranks=1, device="cpu", root=job.root)
+    thread.join()
+    assert (own.index, own.n_hosts, own.address) == (0, 2, "127.0.0.1")
+    yield told[0]
+    gang.close()
+
+
+def test_a_host_like_the_head_is_accepted_and_told_its_place(asked: dict) -> None:
+    join.check(asked)
+    place = hosts.Place(**asked["place"])
+    assert (place.index, place.master, place.address) == (1, "127.0.0.1", "127.0.0.3")
+    assert asked["settings"] == {"SOLO_RECOMPUTE": "full"}
+    assert hosts.interface_of("127.0.0.3") == "lo"
+
+
+def test_every_difference_from_the_head_is_named(asked: dict, job: Job, tmp_path: Path) -> None:
+    def refused(says: str, **change: object) -> None:
+        with pytest.raises(join.Refused, match=says):
+            join.check(asked | change)
+
+    code = asked["code"]
+    refused(
+        r"its code is not the head's: commit .* \(sources \w{12}\) != c0ffee \(sources 0\); check out one commit",
+        code=code | {"sources": "0", "commit": "c0ffee"},
+    )
+    refused(r"torch is 2\S+, on the head 1\.0; install one of them", code=code | {"torch": "1.0"})
+    refused(r"/nowhere/job\.json is not there; the data root .* must be one shared folder", job="/nowhere/job.json")
+    refused(r"job\.json is not the head's; the data root", sha256="0" * 64)
+    refused(r"0 GPUs are visible, the head has 1 ranks a host; set SOLO_RANKS", device="cuda")
+    manifest = job.one("pack").path / artifact.MANIFEST
+    raw = manifest.read_bytes()
+    try:
+        manifest.write_text(json.dumps(json.loads(raw) | {"digest": "9" * 64}))
+        refused(r"the pack plan is not the head's, its digest is 9{12}, on the head 1{12}; the data root")
+    finally:
+        manifest.write_bytes(raw)
+
+
+def test_hosts_that_do_not_come_are_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOLO_HEAD", "127.0.0.1:0")
+    with pytest.raises(ValueError, match=r"SOLO_HEAD is '127.0.0.1:0'; give the head's HOST or HOST:PORT"):
+        hosts.gather(2, 0.1, lambda said: None)
+    monkeypatch.setenv("SOLO_HEAD", "192.0.2.1:29400")
+    with pytest.raises(ValueError, match=r"cannot listen on 192.0.2.1:29400 .*; give an address of this host"):
+        hosts.gather(2, 0.1, lambda said: None)
+    monkeypatch.setenv("SOLO_HEAD", "127.0.0.4:29400")
+    said: list[str] = []
+    with pytest.raises(
+        ValueError, match=r"0 of 1 other hosts joined 127.0.0.4:29400 within 0 s \(none\); run `solo join"
+    ):
+        hosts.gather(2, 0.1, said.append)
+    assert said == ["waits for 1 more hosts to `solo join 127.0.0.4:29400`; here: none"]
+
+
+def test_settings_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage.model_validate(make_job(Path(), {}).spec["stage"])  # batches of four packs
+    assert hosts.count() == 1 and train.rank_count(2, stage, 2) == 4
+    monkeypatch.setenv("SOLO_RANKS", "3")
+    says = r"batch_packs = 4 = 0 x 6 ranks on 2 hosts \+ 4; .* SOLO_RANKS to one of \[1, 2\] or change SOLO_HOSTS"
+    with pytest.raises(ValueError, match=says):
+        train.rank_count(4, stage, 2)
+    monkeypatch.setenv("SOLO_HOSTS", "two")
+    with pytest.raises(ValueError, match="SOLO_HOSTS is 'two'; give the number of hosts"):
+        hosts.count()
+    monkeypatch.setenv("SOLO_HOSTS", "2")
+    with pytest.raises(ValueError, match="SOLO_HOSTS=2 needs SOLO_HEAD=HOST:PORT"):
+        hosts.count()
