@@ -9,8 +9,7 @@ GPU: h100-slice should take 6 minutes of one H100, h100-7b-offload 10, without (
 Away from a checkout's environment (say torch 2.11, transformers 5.17, Python 3.12) it needs the packages that
 infra/README.md lists, and `python -m solo.bench_train PROFILE` instead of the `solo` command.
 
-MFU is strict: (6 x matmul parameters x tokens + block-diagonal causal attention) / time / peak of the GPU; recomputed
-layers and padding do not count, and the input embedding and the patch projection are no matmul parameters.
+MFU is strict (solo/flops.py).
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import launch, memory, train
+from solo import launch, train
 from solo.bench_loader import TOKENS
 from solo.bench_mix import make_mix
+from solo.flops import flops, peak
 from solo.pack import PACKS, PLAN
 from solo.spec import ModelSpec, Stage, Tokens
 
 Way = Literal["hugging_face", "solo"]
 WAYS: tuple[Way, ...] = get_args(Way)
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16, by a part of the GPU's name
 GOAL = {"mfu": 0.6, "ratio": 5.0, "input_stall_share": 0.005}
 SLICE = {"hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -206,15 +205,6 @@ def _repeat(folder: Path, n_packs: int) -> None:
     pq.write_table(pa.Table.from_pylist(new_heads, PACKS), folder / "packs.parquet")
 
 
-def flops(model: ModelSpec, patch_px: int, lengths: list[int]) -> float:
-    """Of the forward and backward pass of documents with these lengths, by the definition above."""
-    n = memory.n_parameters(model, patch_px)
-    n_matmul = n["layers"] + n["head"] + n["norm"]
-    size = (model.head_dim or model.hidden_size // model.num_attention_heads) * model.num_attention_heads
-    attention = 2.0 * size * sum(length * length for length in lengths) * model.num_hidden_layers
-    return 6.0 * n_matmul * sum(lengths) + 3.0 * attention
-
-
 def result(profile: Profile, folder: Path) -> dict[str, Any]:
     """What the ways wrote, compared."""
     tokens = Tokens.model_validate(TOKENS)
@@ -247,7 +237,7 @@ def _figures(profile: Profile, row: dict[str, Any], per_step: list[float]) -> di
     step_s, counts = row["step_s"][timed], row["tokens"][timed]
     rates = sorted(n / s for n, s in zip(counts, step_s, strict=True))
     done = sorted(f / s for f, s in zip(per_step[timed], step_s, strict=True))
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in row["machine"]["device"]), None)
+    most = peak(row["machine"]["device"])
     typical_s, update_s = statistics.median(step_s), statistics.median(row["update_s"][timed])
     whole_s = (typical_s - update_s) * PACKS_A_STEP / profile.batch_packs + update_s
     at_once = statistics.median(per_step) * PACKS_A_STEP / profile.batch_packs / whole_s
@@ -257,10 +247,10 @@ def _figures(profile: Profile, row: dict[str, Any], per_step: list[float]) -> di
         "lowest": round(rates[0], 1),
         "highest": round(rates[-1], 1),
         "tflops": round(statistics.median(done) / 1e12, 3),
-        "mfu": peak and round(statistics.median(done) / peak, 4),
+        "mfu": most and round(statistics.median(done) / most, 4),
         "step_s": round(typical_s, 4),
         "update_s": round(update_s, 4),
-        f"mfu_at_{PACKS_A_STEP}_packs": peak and round(at_once / peak, 4),
+        f"mfu_at_{PACKS_A_STEP}_packs": most and round(at_once / most, 4),
         "input_stall_share": round(sum(row["stall_s"][timed]) / sum(step_s), 5),
         "checkpoint_stall_steps": stall and round(stall / typical_s, 2),
         "checkpoint_s": stall and round(stall, 2),

@@ -134,10 +134,14 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
     for stage, mix in zip(recipe.stages, mixes, strict=True):
         pack = {key: getattr(stage, key) for key in ("pack_tokens", "pack_by", "batch_packs")}
         shards = [f"shard/{s.source}" for s in mix.sources]  # read by the proof that documents of a pack are apart
+        if recipe.held_out:
+            pack["held_out"] = recipe.held_out.of_pack()
         add("pack", mix.name, pack | {"seed": recipe.seed, "tokens": tokens}, [f"curate/{mix.name}", *shards])
     before: list[str] = []
     for stage, mix in zip(recipe.stages, mixes, strict=True):
-        train = {"stage": stage.model_dump(mode="json"), "model": recipe.model.model_dump(mode="json")}
+        train: dict[str, Any] = {"stage": stage.model_dump(mode="json"), "model": recipe.model.model_dump(mode="json")}
+        if recipe.held_out:
+            train["held_out_every_steps"] = recipe.held_out.every_steps
         shards = [f"shard/{s.source}" for s in mix.sources]
         add(
             "train",

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,6 +92,14 @@ class Pack:
     def n_loss_tokens(self) -> int:
         """Positions with a target."""
         return int((self.targets != NO_TARGET).sum())
+
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return [last - first for _, _, first, last in self.segments]
+
+    def has_image(self) -> bool:
+        """Whether any token shows a patch."""
+        return bool((self.patch_index >= 0).any())
 
     def loss_ranges(self) -> list[tuple[str, str, int, int]]:
         """(source, key, first, last): `SoloForCausalLM.pack_losses(pack)[first:last]` are that document's."""
@@ -269,7 +277,10 @@ class PackLoader:
                 f"loader: {len(self)} packs, {batch_packs} a step, {world_size} ranks: each must be a multiple of "
                 "the next; change the number of ranks"
             )
-        order = range(first_step * batch_packs + rank, len(self), world_size)
+        yield from self.ahead(range(first_step * batch_packs + rank, len(self), world_size), workers=workers)
+
+    def ahead(self, order: Iterable[int], *, workers: int) -> Generator[Pack]:
+        """These packs, loaded ahead by so many threads."""
         if workers == 0:
             yield from map(self.load, order)
             return

@@ -12,11 +12,12 @@ moments. Per token and layer what the compiled backward pass reads: see `kept`. 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from solo.spec import ModelSpec, RecipeSpec
+from solo.objective import GroupName
+from solo.spec import ModelSpec, RecipeSpec, Stage
 
 GIB = 2**30
 Policy = Literal["none", "selective", "full"]
@@ -26,6 +27,7 @@ CONTEXT_BYTES = GIB  # CUDA, cuBLAS and NCCL before the first tensor
 LOGIT_BYTES = 6  # a bf16 logit and its fp32 copy; eager Hugging Face takes 10
 HOST_BYTES = 16  # per parameter under offload: master weight, two moments, gradient, all fp32; not pinned
 HOST_USABLE = 0.95  # pinned memory would be rounded up to powers of two: 134 GiB for 7B
+PARTS_OF = {"projection": ("projection",), "embeddings": ("embedding", "head"), "backbone": ("layers", "norm")}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ def n_parameters(model: ModelSpec, patch_px: int) -> dict[str, int]:
     }
 
 
+def frozen_groups(stage: Stage) -> frozenset[GroupName]:
+    """The groups that a stage does not train."""
+    return frozenset(name for name, group in (stage.groups or {}).items() if group.frozen)
+
+
 def kept(model: ModelSpec, *, compiled: bool) -> int:
     """Numbers that one layer keeps of one token for its backward pass.
 
@@ -128,19 +135,22 @@ def predict(  # noqa: PLR0913 (the pack's numbers)
     n_targets: int | None = None,
     recompute_layers: int = 0,
     n_gpus: int = 1,
+    frozen: Collection[str] = (),
 ) -> Use:
     """What one pack of `n_tokens`, `n_targets` of them supervised (all if not told), takes of each GPU."""
-    n = sum(n_parameters(model, patch_px).values())
+    counts = n_parameters(model, patch_px)
+    n = sum(counts.values())
+    learns = n - sum(counts[part] for group in frozen for part in PARTS_OF[group])  # has gradients and states
     bf16 = bool(config.get("bf16", {}).get("enabled"))
     width = 2 if bf16 else 4
     summed = 4 if config.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width
     zero = config["zero_optimization"]
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     share = n_gpus if zero["stage"] == 2 else 1
-    weights, gradients = width * n, summed * n // share
-    states = 0 if offload else 12 * n // n_gpus
+    weights, gradients = width * n, summed * learns // share
+    states = 0 if offload else 12 * learns // n_gpus
     buckets = 4 * int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
-    buckets = min(buckets, 8 * n)
+    buckets = min(buckets, 8 * learns)
     layer = width * kept(model, compiled=bf16) * n_tokens
     n_kept = model.num_hidden_layers - recompute_layers
     activations = n_kept * layer + recompute_layers * width * model.hidden_size * n_tokens
@@ -152,10 +162,10 @@ def predict(  # noqa: PLR0913 (the pack's numbers)
         buckets=buckets,
         activations=activations + (3 * patch_px**2 + 2 * model.hidden_size) * width * n_tokens,  # pixels, last norm
         head=LOGIT_BYTES * model.vocab_size * (n_tokens if n_targets is None else n_targets) * width // 2,
-        backward=fixed + buckets + layer + (width * n if summed != width else 0),
-        update=fixed + (0 if offload else (summed + 4) * n // n_gpus),
+        backward=fixed + buckets + layer + (width * learns if summed != width else 0),
+        update=fixed + (0 if offload else (summed + 4) * learns // n_gpus),
         recompute_layers=recompute_layers,
-        host=HOST_BYTES * n // n_gpus if offload else 0,
+        host=HOST_BYTES * learns // n_gpus if offload else 0,
     )
 
 
@@ -197,6 +207,7 @@ def of_recipe(recipe: RecipeSpec, machine: Machine) -> dict[str, Use]:
             machine,
             asked=policy(),
             n_tokens=s.pack_tokens,
+            frozen=frozen_groups(s),
             **pack,
         )
         for s in recipe.stages

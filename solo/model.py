@@ -58,9 +58,10 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         """A new model: each tensor drawn from H(seed, its name), so that a layer more moves no other tensor.
 
         Where `spec.init` is a checkpoint folder, its tensors take the place of the drawn ones; rows it lacks
-        (SOLO's ids after a text model's) and the patch projection, if it lacks that, stay drawn.
+        (SOLO's ids after a text model's) and the patch projection, if it lacks that, stay drawn. `spec.init_projection`
+        says where the projection is from, whatever that folder has.
         """
-        shape = spec.model_dump(exclude={"init", "init_std", "rope_theta", "rope_scaling"})
+        shape = spec.model_dump(exclude={"init", "init_std", "rope_theta", "rope_scaling", "init_projection"})
         shape["rope_parameters"] = (
             {"rope_type": "default"} | (spec.rope_scaling or {}) | {"rope_theta": spec.rope_theta}
         )
@@ -68,8 +69,16 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         shape |= {"patch_px": tokens.patch_px, "max_side_px": tokens.max_side_px}
         shape |= {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
         model = cls.drawn(SoloConfig(**shape, initializer_range=spec.init_std), seed)
+        projection = model.model.embed_vision_patch.weight
+        drawn = projection.clone() if spec.init_projection == "random" else None
         if spec.init != "random":
             weights.copy(dict(model.named_parameters()), Path(spec.init))
+        if drawn is not None:
+            projection.data.copy_(drawn)
+        elif spec.init_projection:
+            weights.copy_projection(
+                projection, Path(spec.init if spec.init_projection == "checkpoint" else spec.init_projection)
+            )
         return model
 
     @classmethod

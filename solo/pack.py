@@ -4,7 +4,8 @@ In: a mix lock, the shards it draws from. Out: `plan.parquet` and `packs.parquet
 pack holds more than `pack_tokens`; a document is whole unless it is plain text longer than a pack; order comes from
 hashes of keys and the seed, inside a step from the packs' lengths, so pack i is the same on any machine and world size;
 lock tokens = planned tokens + dropped tokens, by source, checked on the files written; documents of a pack cannot see
-each other, proven on some of its packs (solo/proof.py). Cost: one sort of the exposures in DuckDB, a few microseconds
+each other, proven on some of its packs (solo/proof.py); samples that a recipe holds out are in no pack that is trained
+(solo/held_out.py). Cost: one sort of the exposures in DuckDB, a few microseconds
 a pack, and about five seconds for the proof, most of it loading torch.
 
 Where a pack holds one source, each source ends in a pack that is not full. Upstream trains those as they are; here
@@ -28,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import balance, bestfit, proof
+from solo import balance, bestfit, held_out, proof
 from solo.artifact import Job, LedgerError, Result
 from solo.pack_plan import COUNTED, MIX, PACKS, PLAN, Pieces, Planned, write_packs, write_plan
 from solo.spec import SpecError, Tokens
@@ -47,6 +48,7 @@ EXPOSURES = """
 SELECT key, CAST(exposure AS INTEGER) AS exposure, source, shard, "offset", length, template,
   n_images, n_patches, n_loss_tokens, n_tokens
 FROM read_parquet($lock), unnest(range(n_repeats)) AS repeats(exposure)
+WHERE $one_in IS NULL OR md5_number_lower(key || ':held_out:' || $seed) % CAST($one_in AS UBIGINT) != 0
 ORDER BY IF($by_source, source, ''), md5(key || exposure || $seed), key, exposure, shard, "offset"
 """
 
@@ -86,7 +88,7 @@ def make_plan(job: Job) -> Result:
     by_source = job.spec["pack_by"] != "mix"
     lock = job.one("curate").path / "lock.parquet"
     con = duckdb.connect(config={"threads": max(1, job.workers), "temp_directory": str(job.work / "duckdb")})
-    params = {"lock": str(lock), "by_source": by_source, "seed": str(job.spec["seed"])}
+    params = {"lock": str(lock), "by_source": by_source, "seed": str(job.spec["seed"]), "one_in": held_out.one_in(job)}
     pieces = cut(con.sql(EXPOSURES, params=params).to_arrow_table().combine_chunks(), pack_tokens)
     if job.spec["pack_by"] == "sample":
         order, first = np.arange(len(pieces.row)), np.arange(len(pieces.row) + 1)
@@ -108,9 +110,13 @@ def make_plan(job: Job) -> Result:
     write_plan(job.out, pieces, plan)
     write_packs(job.out, pieces, plan, by_source=by_source)
     lost = losses(pieces, members(order, first, left_out).piece)
+    apart = held_out.set_aside(con, lock, job) if held_out.one_in(job) else None
+    lost |= apart.lost if apart else {}
     sources = check_sums(f"pack/{job.name}", con, lock, job.out / "plan.parquet", lost)
     con.close()
     made = result(pieces, plan, lost, sources, pack_tokens)
+    if apart:
+        made = held_out.counted(made, apart, held_out.write(job.out, cut(apart.measured, pack_tokens), pack_tokens))
     written = pq.read_table(job.out / "packs.parquet", columns=["n_tokens", "source"])
     filled = fills(written["n_tokens"].to_numpy().astype(np.int64), pack_tokens)
     n_shared = pc.sum(pc.equal(written["source"], MIX)).as_py() if by_source else None

@@ -12,31 +12,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+
+from solo.objective import Group, GroupName, HeldOut, check_continued, check_groups
+from solo.strict import Spec, SpecError, off
+
+__all__ = ["Spec", "SpecError"]  # of solo/strict.py; every reader of specs knows them from here
 
 UNPINNED = "unpinned"
 PINNED = re.compile(r"sha256:[0-9a-f]{64}|[0-9a-f]{40}")
 
 Template = Literal["plain", "inst"]
 Decode = Literal["exact", "fast"]
-
-
-class SpecError(ValueError):
-    """Something a user wrote is wrong; the message is one line and holds the remedy."""
-
-
-class Spec(BaseModel):
-    """Frozen and strict: an unknown key is an error, so a typo can never silently change a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def pinned(revision: str) -> str:
@@ -58,7 +45,7 @@ class Acquire(Spec):
 
     location: str = Field(description="path relative to the spec folder, or an absolute path or fsspec URL")
     adapter: str = Field(description="`module.function` in solo/adapters/")
-    args: dict[str, JsonValue] = {}
+    args: dict[str, JsonValue] = Field(default={})
     samples_per_shard: int = Field(gt=0)
 
 
@@ -237,6 +224,15 @@ class ModelSpec(Spec):
     qk_norm: bool = Field(default=False, description="Qwen3 has it")
     rope_scaling: dict[str, JsonValue] | None = Field(default=None, description="as in Hugging Face's config.json")
     tie_word_embeddings: bool = False
+    init_projection: str | None = Field(
+        default=None, exclude_if=off, description="of patches: `random`, `checkpoint` (init has it) or a folder with it"
+    )
+
+    @model_validator(mode="after")
+    def _has_projection(self) -> ModelSpec:
+        if self.init == "random" and self.init_projection == "checkpoint":
+            raise ValueError("init_projection is checkpoint, but init is random and has none; name its folder here")
+        return self
 
 
 class Stage(Spec):
@@ -253,13 +249,19 @@ class Stage(Spec):
     learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(ge=0)
     schedule: Literal["cosine", "linear"]
+    schedule_start: Literal["restart", "continue"] = Field(
+        default="restart",
+        exclude_if=lambda start: start == "restart",
+        description="restart: from learning_rate, warmed up, as upstream; continue: the decay of the stage before "
+        "goes on from its min_learning_rate. AdamW's moments start anew in either",
+    )
     warmup_steps: int = Field(ge=0)
     betas: tuple[float, float]
     eps: float
     weight_decay: float
     clip_norm: float
     loss_average: Literal["pack", "token"]
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp8"] = Field(description="fp8: bf16, the layers' products in 8 bits (torchao)")
     checkpoint_every_steps: int = Field(gt=0)
     decode: Decode = Field(default="exact", description="exact: Pillow alone, as upstream; fast: solo/decode.py")
     max_damaged: int = Field(default=0, ge=0, description="unreadable documents a rank leaves out; one more stops it")
@@ -270,6 +272,15 @@ class Stage(Spec):
         default="record", description="quarantine: go back to the checkpoint before and pass the step's packs over"
     )
     max_quarantined: int = Field(default=3, ge=0, description="steps passed over so; one more stops the stage")
+    groups: dict[GroupName, Group] | None = Field(
+        default=None, exclude_if=off, description="other rates for parts of the model; left out: the stage's own"
+    )
+
+    @field_validator("groups")
+    @classmethod
+    def _learns(cls, groups: dict[GroupName, Group] | None) -> dict[GroupName, Group] | None:
+        check_groups(groups or {})
+        return groups
 
 
 class RecipeSpec(Spec):
@@ -282,9 +293,11 @@ class RecipeSpec(Spec):
     model: ModelSpec
     stages: tuple[Stage, ...] = Field(min_length=1)
     benchmarks: tuple[str, ...]
+    held_out: HeldOut | None = Field(default=None, exclude_if=off)
 
     @model_validator(mode="after")
-    def _unique(self) -> RecipeSpec:
+    def _stages(self) -> RecipeSpec:
+        check_continued(self.stages)
         for what in ("name", "mix"):
             values = [getattr(s, what) for s in self.stages]
             if len(set(values)) != len(values):
@@ -301,7 +314,7 @@ class BenchmarkSpec(Spec):
     revision: str
     location: str
     adapter: str = Field(description="`module.function` in solo/adapters/; the assistant turn is the answer")
-    args: dict[str, JsonValue] = {}
+    args: dict[str, JsonValue] = Field(default={})
     template: Template
     scorer: str = Field(description="`module.function` in solo/benchmarks/")
     max_new_tokens: int = Field(gt=0)

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, hosts, launch, realised, sick, trained
+from solo import checkpoint, fp8, hosts, launch, realised, sick, start, trained
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.launch import Device, Interrupted
 from solo.plan import Plan
@@ -83,6 +83,7 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     device: Device = "cuda" if n_gpus else "cpu"
     if device == "cuda":
         check_compiler()
+    fp8.check_machine(stage, n_gpus)
     if not (job.out / "checkpoint").is_dir():  # made last: where it is, only the manifest is missing
         task = _task(job, stage, device=device, ranks=ranks)
         watch = Watch(job, n_steps, on_metric, first_step=task["first_step"])
@@ -149,7 +150,7 @@ def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
             raise ValueError(f"{path}: offload_optimizer needs zero_optimization.stage 1, not {zero}; see engine.py")
         # `engine.accumulation` sums gradients; the optimizer is torch's own fused AdamW, which runs on both devices.
         config |= {"train_batch_size": ranks, "gradient_accumulation_steps": 1, "zero_force_ds_cpu_optimizer": False}
-    if stage.precision == "bf16":
+    if stage.precision != "fp32":
         # Sums over a batch of packs would lose their last bits in bf16, so gradients are kept and summed in fp32.
         fp32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
         config |= {"bf16": {"enabled": True}} | fp32
@@ -158,8 +159,6 @@ def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
 
 def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, Any]:
     """All that a rank needs to know, as the JSON of its job file."""
-    before = list(job.of("train").values())
-    init = job.spec["model"]["init"]
     checkpoints = job.work / "checkpoints"
     found = checkpoint.newest(checkpoints)
     if found and found.world_size != ranks:
@@ -178,7 +177,8 @@ def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, An
         "plan": str(plan),
         "plan_digest": job.one("pack").manifest.digest,
         "shards": {name: str(shard.path.resolve()) for name, shard in sorted(job.of("shard").items())},
-        "init": str(before[0].path / "checkpoint") if before else init if init == "random" else str(job.specs / init),
+        "held_out_every_steps": job.spec.get("held_out_every_steps"),
+        **start.of(job),
         "resume": str(found.path) if found else None,
         "first_step": Plan(plan).step_of(found.loader) if found else 0,
         "work": str(job.work.resolve()),
@@ -237,6 +237,6 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
         "ranks": ranks,
         "n_parameters": facts["n_parameters"],
         "sources": trained.by_source(table, metrics),
-    }
+    } | trained.held_out(metrics)
     n_in, n_out = job.one("pack").manifest.counts["kept"], left_out["documents"]
     return Result(n_in, n_in - n_out, trained.dropped(table), stats, volatile=("metrics.jsonl", "train.log"))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DAMAGED = "damaged"  # the reason of a document that could not be read and that the stage's max_damaged leaves out
 QUARANTINED = "quarantined"  # of one whose step was passed over after a spike
 
+ENDS = ("before", "after")  # of a stage
+
 SOURCE = pa.struct(
     [("source", pa.string()), ("n_tokens", pa.int64()), ("n_loss_tokens", pa.int64()), ("loss", pa.float64())]
 )
@@ -147,3 +149,15 @@ def by_source(trained: pa.Table, metrics: Sequence[Mapping[str, Any]]) -> dict[s
         }
         for row in sums.to_pylist()
     }
+
+
+def held_out(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The loss on what is held out, first and last; nothing where it was not measured."""
+    found = [m[name] for m in metrics for name in ("held_out_before", "held_out") if name in m]
+    if not found:
+        return {}
+    ends = {
+        name: {k: v for k, v in row.items() if k != "seconds"}
+        for name, row in zip(ENDS, (found[0], found[-1]), strict=True)
+    }
+    return {"held_out": ends | {"seconds": round(sum(row["seconds"] for row in found), 2)}}

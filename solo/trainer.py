@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -35,13 +36,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from solo import engine, memory, sick, trained
+from solo import engine, fp8, groups, memory, sick, trained
 from solo.artifact import write_atomic
+from solo.flops import peak
+from solo.held_loss import HeldLoss
 from solo.loader import Pack, PackLoader
 from solo.model import SoloForCausalLM
 from solo.processor import SoloProcessor
 from solo.saver import Saver
 from solo.spec import ModelSpec, Stage, Tokens
+from solo.tally import STOP, Tally
 from solo.trained import ROW
 
 log = logging.getLogger(__name__)
@@ -72,7 +76,6 @@ class Trainer:
         self.n_steps = len(self.loader) // self.stage.batch_packs
         batches = pq.read_table(plan / "packs.parquet")["n_loss_tokens"].to_numpy()
         self.step_targets = batches.reshape(self.n_steps, self.stage.batch_packs).sum(1)
-        self.sources = sorted(shards)
         self.stop = False
         self.step = 0
         self.health = sick.Health(self.stage)
@@ -80,9 +83,16 @@ class Trainer:
         self.seconds: list[float] = []  # of the last steps
         self.planned: memory.Use | None = None
         self.stall_s, self.n_targets = 0.0, 0  # of the step: waiting for packs, supervised tokens over all ranks
-        model = SoloForCausalLM.from_spec(
-            ModelSpec.model_validate(task["model"] | {"init": task["init"]}), tokens, task["seed"]
-        )
+        every = task.get("held_out_every_steps")
+        self.held = HeldLoss(plan, self.loader.shards, tokens, self.stage, every_steps=every) if every else None
+        start = {name: task[name] for name in ("init", "init_projection") if name in task}
+        self.shape, self.patch_px = ModelSpec.model_validate(task["model"] | start), tokens.patch_px
+        self.tally = Tally(sorted(shards), self.stage, self.shape, self.patch_px)
+        model = SoloForCausalLM.from_spec(self.shape, tokens, task["seed"])
+        groups.freeze(model, self.stage)
+        if self.stage.precision == "fp8":
+            fp8.check_gpu(self.stage.name)
+            fp8.convert(model)
         model.model.recompute_layers = self._recompute_layers(int(batches.max()))
         model.train()
         self.n_parameters = sum(p.numel() for p in model.parameters())
@@ -93,12 +103,12 @@ class Trainer:
 
     def _recompute_layers(self, n_targets: int) -> int:
         """How many layers keep no activations, by the memory plan where there is a GPU to plan for."""
-        model, asked = ModelSpec.model_validate(self.task["model"]), memory.policy()
+        model, asked = self.shape, memory.policy()
         if not torch.cuda.is_available():
             return model.num_hidden_layers if asked == "full" else 0
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        px = Tokens.model_validate(self.task["tokens"]).patch_px
-        pack = {"patch_px": px, "n_tokens": self.stage.pack_tokens, "n_targets": n_targets}
+        pack: dict[str, Any] = {"patch_px": self.patch_px, "n_tokens": self.stage.pack_tokens, "n_targets": n_targets}
+        pack["frozen"] = memory.frozen_groups(self.stage)
         machine = memory.Machine(gpu, self.n_ranks, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         self.planned = memory.choose(self.stage.name, model, self.task["deepspeed"], machine, asked=asked, **pack)
         if self.rank == 0:
@@ -129,13 +139,24 @@ class Trainer:
 
     def advance(self, packs: Iterator[Pack]) -> tuple[dict[str, Any], bool]:
         """The next step, told in a line; its sums, and whether a rank was told to stop."""
+        before = {} if self.step else self._held_out("held_out_before")
         began = time.monotonic()
         self.step += 1
         sums, stopping = self._step(packs)
         self.seconds = [*self.seconds[-20:], time.monotonic() - began]
+        sums |= before | self._held_out("held_out")
         if self.rank == 0:
             self._say(sums, self.seconds)
         return sums, stopping
+
+    def _held_out(self, name: str) -> dict[str, Any]:
+        """The loss on what is held out, where it is due; a collective call, and due on every rank alike."""
+        if self.held is None or not self.held.is_due(self.step, self.n_steps):
+            return {}
+        self.engine.eval()
+        found = self.held.measure(self.engine, self._sum, rank=self.rank, n_ranks=self.n_ranks)
+        self.engine.train()
+        return {name: found}
 
     def _treat(self, verdict: sick.Verdict, sums: dict[str, Any]) -> bool:
         """Record a sick step; True where training went back to the checkpoint before it."""
@@ -186,8 +207,7 @@ class Trainer:
 
     def _step(self, packs: Iterator[Pack]) -> tuple[dict[str, Any], bool]:
         """One optimizer step: this rank's packs forward and backward, the update, the sums over ranks."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = engine.learning_rate(self.step, self.stage, self.n_steps)
+        engine.set_rate(self.engine, self.step, self.stage, self.n_steps)
         self.stall_s = 0.0
         own: Iterable[Pack] = (self._next(packs) for _ in range(self.stage.batch_packs // self.n_ranks))
         self.n_targets = int(self.step_targets[self.step - 1])
@@ -203,7 +223,9 @@ class Trainer:
                 done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
         rows = [trained.row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
         self.rows += rows
-        return self._reduce(rows)
+        own_sums = self.tally.of(rows, [pack for pack, _ in done], self._scale, stop=self.stop, stall_s=self.stall_s)
+        total = self._sum(own_sums)
+        return self.tally.sums(total, self.n_ranks), bool(total[STOP])
 
     def _next(self, packs: Iterator[Pack]) -> Pack:
         """The next pack, the wait for it counted."""
@@ -225,52 +247,28 @@ class Trainer:
             return 1.0 / max(n_targets, 1)
         return self.stage.batch_packs / max(self.n_targets, 1)
 
-    def _reduce(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """Sums of the step over all ranks, and whether any rank was told to stop."""
-        n, first = len(self.sources), 6
-        own = np.zeros(first + 2 * n)
-        own[:2] = self.stop, self.stall_s
-        for row in rows:
-            loss = _number(row)
-            own[2] += loss * row["n_loss_tokens"] * self._scale(row["n_loss_tokens"]) / self.stage.batch_packs
-            own[3:6] += row["n_tokens"], row["n_loss_tokens"], len(row["left_out"])
-            for source in row["sources"]:
-                i = first + self.sources.index(source["source"])
-                own[i] += _number(source) * source["n_loss_tokens"]
-                own[i + n] += source["n_loss_tokens"]
-        total = self._sum(own)
-        of_sources = zip(self.sources, total[first : first + n], total[first + n :], strict=True)
-        sums = {
-            "loss": total[2],
-            "tokens": int(total[3]),
-            "loss_tokens": int(total[4]),
-            "left_out": int(total[5]),
-            "input_stall_s": round(total[1] / self.n_ranks, 4),
-            "sources": {
-                source: round(loss / n_loss, 6) for source, loss, n_loss in of_sources if n_loss and math.isfinite(loss)
-            },
-        }
-        return sums, bool(total[0])
-
     def _say(self, sums: dict[str, Any], seconds: list[float]) -> None:
         typical_s = sum(seconds[-10:]) / len(seconds[-10:])
-        norm = self.engine.get_global_grad_norm()
+        lr, norm = engine.learning_rate(self.step, self.stage, self.n_steps), self.engine.get_global_grad_norm()
+        rate = {"lr_groups": groups.rates(lr, self.stage)} if self.stage.groups else {}
+        cuda, flops_s = torch.cuda.is_available(), sums["flops"] / seconds[-1] / self.n_ranks
+        most = peak(torch.cuda.get_device_name()) if cuda else None
         emit(
             {"step": self.step, "n_steps": self.n_steps}
-            | sums
+            | {name: value for name, value in sums.items() if name != "flops"}
             | {
                 "loss": sick.finite(sums["loss"]),
-                "lr": engine.learning_rate(self.step, self.stage, self.n_steps),
+                "lr": lr,
+                **rate,
                 "grad_norm": None if norm is None else sick.finite(float(norm)),
                 "tokens_per_s": round(sums["tokens"] / seconds[-1], 1),
+                "tflops": round(flops_s / 1e12, 4),
+                "mfu": most and round(flops_s / most, 4),
                 "step_s": round(seconds[-1], 4),
                 "eta_s": round(typical_s * (self.n_steps - self.step), 1),
+                "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             }
-            | (
-                {"peak_gib": round(torch.cuda.max_memory_allocated() / memory.GIB, 2)}
-                if torch.cuda.is_available()
-                else {}
-            )
+            | ({"peak_gib": round(torch.cuda.max_memory_allocated() / memory.GIB, 2)} if cuda else {})
         )
 
     def save(self) -> bool:
@@ -314,11 +312,6 @@ def sound(loss: Tensor) -> Tensor:
     A target of probability 0 has an infinite loss and a finite gradient. The device decides: no wait, no collective.
     """
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-
-
-def _number(row: dict[str, Any]) -> float:
-    """A row's loss: 0 where nothing is supervised, NaN where it was not finite."""
-    return row["loss"] if row["loss"] is not None else math.nan if row["n_loss_tokens"] else 0.0
 
 
 def _workers() -> int:

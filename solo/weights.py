@@ -63,6 +63,20 @@ def copy(parameters: Mapping[str, Tensor], folder: Path) -> None:
         log.info("%s: no %s there, so it is newly drawn", folder, OPTIONAL)
 
 
+@torch.no_grad()
+def copy_projection(projection: Tensor, folder: Path) -> None:
+    """Copy the patch projection alone from a folder that has it, whatever else is there."""
+    for file, name, value in _tensors(folder):
+        if name.removeprefix("model.") == OPTIONAL.removeprefix("model."):
+            if value.shape != projection.shape:
+                raise ValueError(
+                    f"{file}: {name} is {list(value.shape)}, the model's {list(projection.shape)}; fix init_projection"
+                )
+            projection.copy_(value.to(projection.dtype))
+            return
+    raise ValueError(f"{folder}: no {OPTIONAL} there; give another folder as init_projection, or random")
+
+
 def check_loaded(where: str, info: Mapping[str, Any]) -> None:
     """What transformers says of a load; anything but a complete one is an error."""
     unexpected = sorted(info.get("unexpected_keys", ()))

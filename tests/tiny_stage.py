@@ -87,6 +87,7 @@ def make_plan(root: Path, n_steps: int, odd: int | None = None) -> dict[str, Art
         (folder / "shards" / "00000.tar").write_bytes(tar.getvalue())
         inputs[f"shard/{source}"] = made(folder, f"shard/{source}")
     mute = rows["prose"].pop()
+    held = [rows["prose"][8:], rows["caption"][6:]]  # texts of no cat, two pictures: measured where a job asks for it
     kinds = [rows["caption"][:3], rows["prose"][:2], rows["prose"][2:4], rows["caption"][3:6] + rows["prose"][4:5]]
     plan, packs = [], []
     for pack in range(n_steps * STAGE["batch_packs"]):
@@ -96,10 +97,18 @@ def make_plan(root: Path, n_steps: int, odd: int | None = None) -> dict[str, Art
         packs.append({"pack": pack, "first_row": len(plan), "n_rows": len(documents), "source": "mix"} | sums)
         plan += [{"pack": pack, "slot": slot, "exposure": pack} | d for slot, d in enumerate(documents)]
     folder = root / "pack" / "tiny"
+    write(folder, plan, packs)
+    sums = [{c: sum(d[c] for d in ds) for c in ("n_tokens", "n_patches", "n_loss_tokens")} for ds in held]
+    heads = [{"pack": i, "first_row": 2 * i, "n_rows": 2, "source": "mix"} | own for i, own in enumerate(sums)]
+    own = [{"pack": i, "slot": slot, "exposure": 0} | d for i, ds in enumerate(held) for slot, d in enumerate(ds)]
+    write(folder / "held_out", own, heads)
+    return inputs | {"pack/tiny": made(folder, "pack/tiny", len(plan))}
+
+
+def write(folder: Path, plan: list[dict], packs: list[dict]) -> None:
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(plan, PLAN), folder / "plan.parquet")
     pq.write_table(pa.Table.from_pylist(packs, PACKS), folder / "packs.parquet")
-    return inputs | {"pack/tiny": made(folder, "pack/tiny", len(plan))}
 
 
 def made(folder: Path, node: str, n: int = 0, **spec: object) -> Artifact:
