@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import launch, train
+from solo import devices, launch, train
 from solo.bench_loader import TOKENS
 from solo.bench_mix import make_mix
 from solo.flops import flops, peak
@@ -92,7 +92,7 @@ def run(profile: str = "toy", *, log: Path | None = None) -> dict[str, Any]:
     chosen = find(profile)
     device = "cpu" if chosen.precision == "fp32" else "cuda"
     if device == "cuda":
-        if not launch.gpu_count():
+        if not len(devices.names()):
             raise ValueError(f"bench train: profile {profile} needs a GPU, none is visible; use --profile toy")
         train.check_compiler()
     with tempfile.TemporaryDirectory(prefix="solo-bench-") as name:

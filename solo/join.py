@@ -19,13 +19,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from solo import artifact, hosts, launch
+from solo import artifact, devices, hosts, launch
 from solo.artifact import canonical
 
 log = logging.getLogger(__name__)
@@ -79,16 +79,20 @@ def _one_stage(connection: socket.socket, told: threading.Event, say: Say) -> No
         if not line:
             return
         asked = json.loads(line)
+        place = asked["place"]
         try:
             check(asked)
-        except Refused as error:
+            say(f"{asked['ranks']} ranks of {asked['job']}, host {place['index'] + 1} of {place['n_hosts']}")
+            what = json.loads(Path(asked["job"]).read_bytes())["stage"]["name"]
+            with devices.held(f"train/{what}", devices.names() if asked["device"] == "cuda" else (), say) as locks:
+                code = _run(connection, asked, told, locks)
+            say(f"ranks of {asked['job']} ended with code {code}")
+        except ValueError as error:
             connection.sendall(canonical({"event": "failed", "host": name, "rank": None, "error": str(error)}) + b"\n")
             connection.sendall(canonical({"event": "ended", "host": name, "code": 2}) + b"\n")
-            raise
-        place = asked["place"]
-        say(f"{asked['ranks']} ranks of {asked['job']}, host {place['index'] + 1} of {place['n_hosts']}")
-        code = _run(connection, asked, told)
-        say(f"ranks of {asked['job']} ended with code {code}")
+            if isinstance(error, Refused):
+                raise
+            say(f"error: {error}")
 
 
 def check(asked: dict[str, Any]) -> None:
@@ -117,24 +121,16 @@ def check(asked: dict[str, Any]) -> None:
     if digest != task["plan_digest"] or fault:
         why = fault or f"its digest is {digest[:12]}, on the head {task['plan_digest'][:12]}"
         raise Refused(f"{task['plan']}: the pack plan is not the head's, {why}; {shared}")
-    n_gpus = launch.gpu_count()
+    n_gpus = len(devices.names())
     if asked["device"] == "cuda" and n_gpus < asked["ranks"]:
         raise Refused(f"{n_gpus} GPUs are visible, the head has {asked['ranks']} ranks a host; set SOLO_RANKS there")
 
 
-def _run(connection: socket.socket, asked: dict[str, Any], told: threading.Event) -> int:
+def _run(connection: socket.socket, asked: dict[str, Any], told: threading.Event, locks: Sequence[int]) -> int:
     """Exit code of this host's ranks, sent to the head after all they said."""
     place = hosts.Place(**asked["place"])
     env = launch.environment(asked["ranks"], asked["device"], place) | asked["settings"]
-    command = launch.command(Path(asked["job"]), asked["ranks"], place)
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=env,
-        start_new_session=True,
-    )
+    child = launch.start(launch.command(Path(asked["job"]), asked["ranks"], place), env, subprocess.PIPE, locks)
     assert child.stdin and child.stdout
     sender = threading.Thread(target=_pass_on, args=(child, connection, env["SOLO_HOST"]), daemon=True)
     sender.start()
@@ -158,12 +154,12 @@ def _run(connection: socket.socket, asked: dict[str, Any], told: threading.Event
     return code
 
 
-def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it has ended
+def _signal(child: launch.Ranks, number: signal.Signals) -> None:
+    if child.poll() is None:
         os.killpg(child.pid, number)
 
 
-def _pass_on(child: subprocess.Popen[bytes], connection: socket.socket, name: str) -> None:
+def _pass_on(child: launch.Ranks, connection: socket.socket, name: str) -> None:
     """Every line of the ranks to the head, and then their exit code."""
     assert child.stdout
     for line in child.stdout:

@@ -19,15 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import IO, Literal
 
-from solo import hosts
+from solo import devices, hosts
 from solo.hosts import Gang, Place
 from solo.watch import Watch
 
 log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda"]
+Ranks = subprocess.Popen[bytes]
 REPOSITORY = Path(__file__).parents[1]
 GRACE_S = 20.0  # Prefect kills a run 30 s after it asked, and the ranks' checkpoint must be on disk before that
 SETTLE_S = 5.0  # for the ranks of one host to end, and to say why, once those of another have
@@ -41,14 +42,6 @@ class Interrupted(RuntimeError):
 def core_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def gpu_count() -> int:
-    """GPUs this process may use, without loading torch: CUDA_VISIBLE_DEVICES where set, else the device files."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def timeout_s() -> float:
@@ -85,39 +78,48 @@ def command(job_file: Path, ranks: int, place: Place | None = None) -> list[str]
 
 def run(job_file: Path, watch: Watch, *, ranks: int, device: Device, n_hosts: int, root: Path) -> int:
     """Exit code of the launcher on this host, `ranks` being those of each host."""
-    gang = hosts.gather(n_hosts, timeout_s(), watch.progress) if n_hosts > 1 else Gang()
-    try:
-        place = gang.launch(job_file, ranks=ranks, device=device, root=root) if n_hosts > 1 else None
-        return _follow(command(job_file, ranks, place), environment(ranks, device, place), watch, gang)
-    finally:
-        gang.close()
-
-
-def _follow(command: Sequence[str], env: dict[str, str], watch: Watch, gang: Gang) -> int:
-    """Exit code of the launcher, 1 where another host failed; the log of all hosts followed meanwhile."""
-    with watch.log.open("ab") as out:
-        # The ranks hold the other end of this pipe and exit when it closes, which the kernel does even after SIGKILL.
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-        grace_s = GRACE_S
-
-        def look() -> bool:
-            gang.read(out)
-            watch.read()
-            return child.poll() is None and not gang.failed
-
+    with devices.held(watch.what, devices.names() if device == "cuda" else (), watch.progress) as locks:
+        gang = hosts.gather(n_hosts, timeout_s(), watch.progress) if n_hosts > 1 else Gang()
         try:
-            while look():
-                time.sleep(POLL_S)
-            grace_s = SETTLE_S  # a checkpoint needs the ranks of every host
-            _wait(lambda: look() or child.poll() is None or not gang.over, SETTLE_S)
-            return child.returncode or int(gang.failed)
+            place = gang.launch(job_file, ranks=ranks, device=device, root=root) if n_hosts > 1 else None
+            with watch.log.open("ab") as out:
+                child = start(command(job_file, ranks, place), environment(ranks, device, place), out, locks)
+                return _follow(child, watch, gang, out)
         finally:
-            gang.stop()
-            _stop(child, grace_s, lambda: gang.read(out))
-            _wait(lambda: not gang.drained(out), SETTLE_S)
-            watch.read(quiet=True)
+            gang.close()
+
+
+def start(command: Sequence[str], env: dict[str, str], out: IO[bytes] | int, locks: Sequence[int]) -> Ranks:
+    """The launcher of this host's ranks, leader of a group, which holds the locks of their GPUs as we do.
+
+    The ranks hold the other end of its input and exit when that closes, which the kernel does even after SIGKILL.
+    """
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=out, stderr=both, env=env, start_new_session=True, pass_fds=locks
+    )
+
+
+def _follow(child: Ranks, watch: Watch, gang: Gang, out: IO[bytes]) -> int:
+    """Exit code of the launcher, 1 where another host failed; the log of all hosts followed meanwhile."""
+    grace_s = GRACE_S
+
+    def look() -> bool:
+        gang.read(out)
+        watch.read()
+        return child.poll() is None and not gang.failed
+
+    try:
+        while look():
+            time.sleep(POLL_S)
+        grace_s = SETTLE_S  # a checkpoint needs the ranks of every host
+        _wait(lambda: look() or child.poll() is None or not gang.over, SETTLE_S)
+        return child.returncode or int(gang.failed)
+    finally:
+        gang.stop()
+        _stop(child, grace_s, lambda: gang.read(out))
+        _wait(lambda: not gang.drained(out), SETTLE_S)
+        watch.read(quiet=True)
 
 
 def _wait(pending: Callable[[], bool], limit_s: float) -> None:
@@ -127,7 +129,7 @@ def _wait(pending: Callable[[], bool], limit_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def _stop(child: subprocess.Popen[bytes], grace_s: float, meanwhile: Callable[[], None]) -> None:
+def _stop(child: Ranks, grace_s: float, meanwhile: Callable[[], None]) -> None:
     """SIGTERM to the group, which its ranks answer with a checkpoint; SIGKILL to what is left after the grace."""
     assert child.stdin
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, fp8, hosts, launch, realised, sick, start, trained
+from solo import checkpoint, devices, fp8, hosts, launch, realised, sick, start, trained
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.launch import Device, Interrupted
 from solo.plan import Plan
@@ -78,7 +78,7 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     assert plan.num_rows % stage.batch_packs == 0, f"pack left {plan.num_rows} packs, batches of {stage.batch_packs}"
     n_steps = plan.num_rows // stage.batch_packs
     checkpoint.Keep.from_env()
-    n_gpus = launch.gpu_count()
+    n_gpus = len(devices.names())
     ranks = rank_count(n_gpus, stage, hosts.count())
     device: Device = "cuda" if n_gpus else "cpu"
     if device == "cuda":

@@ -26,6 +26,7 @@ class Watch:
     """Follows `train.log`: keeps `metrics.jsonl`, tells the metrics on, remembers why a rank failed."""
 
     def __init__(self, job: Job, n_steps: int, tell: Callable[[Metrics], None] | None, *, first_step: int) -> None:
+        self.what = f"{job.part}/{job.name}"
         self.log = job.out / "train.log"
         self.metrics = job.out / "metrics.jsonl"
         self.tell = tell
