@@ -1,6 +1,7 @@
 """acquire: one source, as published, to raw tars of samples and one outcome row for each input.
 
-In: a source's location, pinned revision and adapter, and the passes made since (solo/passes.py). Out: `raw/NNNNN.tar`
+In: a source's location (a path, or what solo/copies.py fetches), pinned revision and adapter, and the passes made since
+(solo/passes.py). Out: `raw/NNNNN.tar`
 (sample tars of samples_per_shard), `outcomes.parquet` (one row per record or URL, kept or not, sorted by key) and, for
 URL lists, `fetch.parquet` (what was asked and seen, volatile). Invariants: every input has one status of STATUSES; a
 key is kept once, later ones are `duplicate_row`; the same upstream bytes give the same bytes.
@@ -13,7 +14,6 @@ import dataclasses
 import hashlib
 import inspect
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import fsspec
 
-from solo import passes
-from solo.artifact import Job, Result, file_sha256, make
+from solo import copies, location, passes
+from solo.artifact import Job, Result, combined_sha256, file_sha256, make
+from solo.location import UNPINNED
 from solo.passes import FETCH
 from solo.plugin import resolve
 from solo.raw import OUTCOMES, SCHEMA, RawTars, Spool, write_sorted
 from solo.sample import Rejected, Sample, make_key
-from solo.shards import check_protocol
-from solo.spec import UNPINNED, Acquire, SpecError
+from solo.spec import Acquire, SpecError
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +75,9 @@ def run(job: Job) -> Result:
 
 
 def _acquire(job: Job) -> None:
-    spec = Acquire.model_validate(job.spec["acquire"])
+    spec = Acquire.model_validate({**job.spec["acquire"], **job.where})
     source = job.spec["source"]
-    location = _locate(job, source, spec.location)
-    check_revision(source, location, job.spec["revision"])
-    items = _items(job, source, location, spec)
+    items = _items(job, source, _locate(job, source, spec), spec)
     begun = job.work / "begun"
     if not begun.exists():  # tars without their scratch may stem from other downloads
         shutil.rmtree(job.out / "raw", ignore_errors=True)
@@ -103,7 +100,7 @@ def _acquire(job: Job) -> None:
     write_sorted(job, job.work / "spool.parquet")
 
 
-def _items(job: Job, source: str, location: Path, spec: Acquire) -> Iterator[Sample | Rejected | Fetched]:
+def _items(job: Job, source: str, path: Path, spec: Acquire) -> Iterator[Sample | Rejected | Fetched]:
     """The adapter's generator; arguments that do not bind are the spec's fault."""
     read: Callable[..., Any] = resolve("adapters", spec.adapter)
     args: dict[str, Any] = {"source": source, **spec.args}
@@ -111,11 +108,11 @@ def _items(job: Job, source: str, location: Path, spec: Acquire) -> Iterator[Sam
     if "job" in signature.parameters:
         args["job"] = job
     try:
-        signature.bind(location, **args)
+        signature.bind(path, **args)
     except TypeError as error:
         takes = [name for name in signature.parameters if name not in ("location", "source", "job")]
         raise SpecError(f"{source}: acquire.args: {error}; {spec.adapter} takes {takes}") from None
-    return iter(read(location, **args))
+    return iter(read(path, **args))
 
 
 def _row(item: Sample | Rejected | Fetched, source: str) -> dict[str, Any]:
@@ -159,41 +156,41 @@ def _result(job: Job, told: dict[str, Any]) -> Result:
     return Result(sum(by_status.values()), by_status.get("ok", 0), dropped, stats | told, volatile)
 
 
-def _locate(job: Job, source: str, location: str) -> Path:
-    """The location on this machine; an fsspec URL is copied into the scratch first, whole."""
-    if re.match(r"[a-z0-9+.-]+://", location):
-        check_protocol(location)
-        target, aside = job.work / "upstream", job.work / "upstream.tmp"
-        if not target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            job.progress(f"{source}: copying {location}")
-            files, path = fsspec.core.url_to_fs(location)
-            name = path.rstrip("/").rpartition("/")[2]
-            files.get(path, str(aside / name), recursive=True)
-            aside.rename(target)
-        return next(target.iterdir())
-    path = job.specs / location
+def _locate(job: Job, source: str, spec: Acquire) -> Path:
+    """The pinned data on this machine: at their path, or the copy of what is published."""
+    revision = job.spec["revision"]
+    want = location.of(source, revision, spec)
+    if want.kind != "local":
+        check_pinned(source, revision, source)
+        return copies.fetch(want, job.root, job.progress)  # hashed as they came
+    path = job.specs / spec.location
     if not path.exists():
         raise ValueError(
             f"{source}: location {path} does not exist; fetch the source there or correct acquire.location"
         )
+    check_revision(source, path, revision)
     return path
 
 
-def check_revision(source: str, location: Path, revision: str) -> None:
-    """Refuse data that is not the pinned data; a commit hash cannot be checked from bytes and is only logged."""
+def check_pinned(source: str, revision: str, what: object) -> None:
+    """Refuse data that no revision names; `what` is what `solo revision` takes."""
     if revision == UNPINNED:
         raise ValueError(
             f"{source}: revision is unpinned, so a model could not say what it was trained on; "
-            f"put the line of `solo revision {location}` into sources/{source}.yaml"
+            f"put the line of `solo revision {what}` into sources/{source}.yaml"
         )
+
+
+def check_revision(source: str, path: Path, revision: str) -> None:
+    """Refuse data that is not the pinned data; a commit hash cannot be checked from bytes and is only logged."""
+    check_pinned(source, revision, path)
     if not revision.startswith("sha256:"):
         log.info("%s: revision %s is a commit; its bytes are taken as they are", source, revision)
         return
-    found = f"sha256:{content_sha256(location)}"
+    found = f"sha256:{content_sha256(path)}"
     if found != revision:
         raise ValueError(
-            f"{source}: {location} has {found} but revision is {revision}; "
+            f"{source}: {path} has {found} but revision is {revision}; "
             "fetch the pinned data again, or set revision to what it has now"
         )
 
@@ -202,6 +199,4 @@ def content_sha256(path: Path) -> str:
     """SHA-256 of a file, or of a folder's sorted lines `relative path NUL sha256 LF`."""
     if path.is_file():
         return file_sha256(path)
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    lines = (f"{name}\0{file_sha256(path / name)}\n".encode() for name in names)
-    return hashlib.sha256(b"".join(lines)).hexdigest()
+    return combined_sha256({p.relative_to(path).as_posix(): file_sha256(p) for p in path.rglob("*") if p.is_file()})

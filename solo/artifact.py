@@ -80,6 +80,7 @@ class Job:
     specs: Path
     workers: int
     progress: Callable[[str], None] = field(default=log.info, compare=False)
+    where: Mapping[str, Any] = field(default_factory=dict, compare=False)  # spec fields that bear no identity
 
     @property
     def fingerprint(self) -> str:
@@ -141,6 +142,11 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def combined_sha256(digests: Mapping[str, str]) -> str:
+    """One SHA-256 of files by name: that of the sorted lines `name NUL sha256 LF`."""
+    return hashlib.sha256(b"".join(f"{name}\0{digests[name]}\n".encode() for name in sorted(digests))).hexdigest()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

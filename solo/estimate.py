@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from solo.artifact import Manifest
-from solo.spec import UNPINNED, MixSource, MixSpec, ModelSpec, RecipeSpec, SourceSpec, Stage, load
+from solo.location import UNPINNED
+from solo.spec import MixSource, MixSpec, ModelSpec, RecipeSpec, SourceSpec, Stage, load
 
 PAPER_PACK_TOKENS = 32_768
 FILL = 0.999  # of a best-fit pack; `solo bench pack` measures it

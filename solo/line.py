@@ -11,11 +11,11 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from solo import artifact, decontaminate, measure, passes
+from solo import artifact, decontaminate, location, measure, passes
 from solo.artifact import Artifact, Job, Manifest, Result
 from solo.plugin import resolve
 from solo.spec import BenchmarkSpec, MixSpec, RecipeSpec, SourceSpec, SpecError, load
@@ -55,6 +55,7 @@ class Node:
     version: int
     spec: dict[str, Any]
     inputs: tuple[str, ...]
+    where: dict[str, Any] = field(default_factory=dict)  # spec fields that bear no identity
 
     @property
     def id(self) -> str:
@@ -111,10 +112,11 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
     def add(part: Part, name: str, spec: dict[str, Any], inputs: Sequence[str] = ()) -> None:
         line.append(Node(part, name, _module(part).VERSION, spec, tuple(inputs)))
 
+    version = _module("acquire").VERSION
     for s in sources:
-        identity = {"source": s.name, "revision": s.revision, "acquire": s.acquire.model_dump(mode="json")}
-        version = _module("acquire").VERSION
-        add("acquire", s.name, passes.identity(root, version, identity) if root else identity)
+        identity = location.identity(s)
+        asked = passes.identity(root, version, identity) if root else identity
+        line.append(Node("acquire", s.name, version, asked, (), location.where(s)))
     for s in sources:
         measured = {
             "filter": s.filter.model_dump(mode="json"),
@@ -211,6 +213,7 @@ def make_node(
         root=settings.root,
         specs=settings.specs,
         workers=settings.workers,
+        where=node.where,
     )
     run: Callable[..., Result] = _module(node.part).run
     made, ran = artifact.make(job, lambda j: run(j, **hooks), force=force)

@@ -91,6 +91,7 @@ def job_of(acquired: Artifact, *, kind: str, causes: Sequence[str], where: Job) 
         where.specs,
         where.workers,
         where.progress,
+        where.where,
     )
 
 

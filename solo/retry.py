@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import duckdb
 
-from solo import acquire, artifact, passes
+from solo import acquire, artifact, location, passes
 from solo.artifact import Artifact, Job
 from solo.line import Settings
 from solo.raw import OUTCOMES
@@ -57,7 +56,8 @@ def _check(causes: Sequence[str], recrawl: bool) -> None:
 
 def _place(source: str, settings: Settings) -> Job:
     """Where a pass is made; its spec comes later."""
-    return Job("acquire", source, acquire.VERSION, {}, {}, settings.root, settings.specs, settings.workers, _quiet)
+    job = Job("acquire", source, acquire.VERSION, {}, {}, settings.root, settings.specs, settings.workers, _quiet)
+    return replace(job, where=location.where(load(SourceSpec, source, settings.specs)))
 
 
 def _quiet(line: str) -> None:
@@ -69,11 +69,7 @@ def current(source: str, settings: Settings) -> Artifact:
     spec = load(SourceSpec, source, settings.specs)
     if spec.acquire.adapter != ADAPTER:
         raise ValueError(f"{source}: its adapter is {spec.acquire.adapter}; only lists of {ADAPTER} have URLs to ask")
-    asked: dict[str, Any] = {
-        "source": source,
-        "revision": spec.revision,
-        "acquire": spec.acquire.model_dump(mode="json"),
-    }
+    asked = location.identity(spec)
     first = replace(_place(source, settings), spec=asked)
     if wrong := artifact.damage(first.out):
         raise ValueError(f"{source}: acquire has not run for its spec as it stands ({wrong}); `solo run` it first")

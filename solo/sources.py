@@ -17,9 +17,10 @@ from typing import Any
 from solo import artifact, tables
 from solo.estimate import published_bytes
 from solo.estimate_text import size
+from solo.location import UNPINNED
 from solo.plugin import resolve
 from solo.sample import Rejected, Sample
-from solo.spec import UNPINNED, SourceSpec, load
+from solo.spec import SourceSpec, load
 
 PROBED = 50
 LOOKED_AT = 200_000  # records of another part of a mixture, before one of this source

@@ -19,7 +19,8 @@ from solo.strict import Spec, SpecError, off
 
 __all__ = ["Spec", "SpecError"]  # of solo/strict.py; every reader of specs knows them from here
 
-UNPINNED = "unpinned"
+from solo.location import UNPINNED, check
+
 PINNED = re.compile(r"sha256:[0-9a-f]{64}|[0-9a-f]{40}")
 
 Template = Literal["plain", "inst"]
@@ -43,10 +44,16 @@ class Licence(Spec):
 class Acquire(Spec):
     """Where one source's records come from and who reads them."""
 
-    location: str = Field(description="path relative to the spec folder, or an absolute path or fsspec URL")
+    location: str = Field(
+        description="a path (relative: below the spec folder), or what is fetched: http(s)://, s3://, "
+        "huggingface:OWNER/NAME/FOLDER"
+    )
     adapter: str = Field(description="`module.function` in solo/adapters/")
     args: dict[str, JsonValue] = Field(default={})
     samples_per_shard: int = Field(gt=0)
+    files: tuple[str, ...] = Field(default=(), description="what to fetch below location; patterns but on the web")
+    sha256: dict[str, str] = Field(default={}, description="name -> SHA-256 of a file that is fetched")
+    loopback_ports: dict[str, int] = Field(default={}, description="host name -> port of 127.0.0.1: a local mirror")
 
 
 class Near(Spec):
@@ -139,6 +146,11 @@ class SourceSpec(Spec):
     @classmethod
     def _named(cls, value: str) -> str:
         return value if value == UNPINNED else pinned(value)
+
+    @model_validator(mode="after")
+    def _fetchable(self) -> SourceSpec:
+        check(self)
+        return self
 
 
 class MixSource(Spec):

@@ -12,7 +12,7 @@ import yaml
 from hostile import Server, answer, encoded, hang
 from raw import filtered
 
-from solo import acquire, download, line, pages, passes, retry
+from solo import acquire, download, line, location, pages, passes, retry
 from solo.artifact import Job, make
 from solo.line import Settings
 from solo.sample import read_sample
@@ -55,8 +55,7 @@ def build(specs, port):
 def acquired(settings):
     """What a run of the line would make of the source now."""
     spec = load(SourceSpec, "web", settings.specs)
-    asked = {"source": "web", "revision": spec.revision, "acquire": spec.acquire.model_dump(mode="json")}
-    asked = passes.identity(settings.root, acquire.VERSION, asked)
+    asked = passes.identity(settings.root, acquire.VERSION, location.identity(spec))
     return make(Job("acquire", "web", acquire.VERSION, asked, {}, settings.root, settings.specs, 1), acquire.run)[0]
 
 

@@ -124,7 +124,7 @@ class Resolver:
         with self._lock:
             until, found = self._known.get(place, (0.0, []))
         if until <= now:
-            found = checked(target)
+            found = checked(target, judge=place not in self.rules.trusted)
             with self._lock:
                 self._known[place] = (now + KEPT_S, found)
                 while len(self._known) > MAX_KEPT:
@@ -145,13 +145,13 @@ class Resolver:
         raise Failed("connection", None, "the connection failed")
 
 
-def checked(target: Target) -> list[tuple[str, int]]:
-    """The public addresses of a host name, or Failed."""
+def checked(target: Target, *, judge: bool = True) -> list[tuple[str, int]]:
+    """The public addresses of a host name, or Failed; all of its addresses where they are not to be judged."""
     try:
         found = [str(info[4][0]) for info in socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)]
     except (socket.gaierror, UnicodeError):
         raise Failed("dns", None, "the host name does not resolve", evidence=target.host) from None
-    public = [ip for ip in dict.fromkeys(found) if is_public(ip)]
+    public = [ip for ip in dict.fromkeys(found) if not judge or is_public(ip)]
     if not public:
         raise Failed(
             "refused_address", None, f"{target.host} is not at a public address", evidence=f"host {target.host}"

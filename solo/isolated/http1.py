@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from solo.isolated.address import Target
@@ -117,6 +118,13 @@ class Response:
             data = self._inflate(data, limit, cut)
         return data[:limit]
 
+    def stream(self) -> Iterator[bytes]:
+        """The body as it comes, of any length and as it is stored: ranges are of stored bytes."""
+        coding = self.get("content-encoding").strip().lower()
+        if coding not in ("", "identity"):
+            raise Failed("refused_encoding", self.status, "the body has a Content-Encoding", coding[:40])
+        return self._parts(sys.maxsize, cut=False)
+
     def _too_large(self, limit: int) -> Failed:
         return Failed("too_large", self.status, f"the body is over {limit} bytes")
 
@@ -188,11 +196,12 @@ class Response:
                 raise Failed("too_large", self.status, f"the headers are over {HEAD_BYTES} bytes")
 
 
-def ask(wire: Wire, target: Target, user_agent: str) -> Response:
-    """Send a GET; the answer up to the end of its headers."""
+def ask(wire: Wire, target: Target, user_agent: str, more: Mapping[str, str] | None = None) -> Response:
+    """Send a GET, with `more` headers; the answer up to the end of its headers."""
+    given = "".join(f"{name}: {value}\r\n" for name, value in (more or {}).items())
     request = (
         f"GET {target.path} HTTP/1.1\r\nHost: {target.authority}\r\nUser-Agent: {user_agent}\r\n"
-        "Accept: image/*,*/*;q=0.5\r\nAccept-Encoding: identity\r\n\r\n"
+        f"Accept: image/*,*/*;q=0.5\r\nAccept-Encoding: identity\r\n{given}\r\n"
     )
     wire.send(request.encode("latin-1", "replace"))
     for _ in range(MAX_INTERIM + 1):

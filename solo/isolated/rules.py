@@ -29,6 +29,7 @@ class Rules:
     log: str  # folder of one JSON line per URL
     shared: str  # folder that all workers of this machine share: robots.txt files, host budget
     mapped: tuple[tuple[str, str, int], ...] = ()  # (host, address, port)
+    trusted: tuple[tuple[str, int], ...] = ()  # (host, port) that the user's own environment names, wherever it leads
     timeout_s: float = 10.0  # of one socket operation, and the grace before the rate is judged
     deadline_s: float = 60.0  # of one URL with its redirects
     min_bytes_per_s: int = 1_024
@@ -58,6 +59,7 @@ def parse(text: str) -> Rules:
     """What `dump` wrote."""
     raw = json.loads(text)
     raw["mapped"] = tuple((host.lower(), ip, int(port)) for host, ip, port in raw["mapped"])
+    raw["trusted"] = tuple((host.lower(), int(port)) for host, port in raw["trusted"])
     return Rules(**raw | {"formats": tuple(raw["formats"])})
 
 

@@ -201,7 +201,7 @@ class Guest:
         sock = self.resolver.connect(target, deadline)
         try:
             if target.scheme == "https":
-                sock = self._secure(sock, target)
+                sock = secured(sock, target, self._tls, self.rules.timeout_s)
             return http1.ask(http1.Wire(sock, self.rules, deadline), target, self.rules.user_agent)
         except http1.Closed:
             sock.close()
@@ -210,20 +210,22 @@ class Guest:
             sock.close()
             raise
 
-    def _secure(self, sock: socket.socket, target: Target) -> ssl.SSLSocket:
-        sock.settimeout(self.rules.timeout_s)
-        try:
-            return self._tls.wrap_socket(sock, server_hostname=target.host)
-        except TimeoutError:
-            raise Failed("timeout", None, "no answer in time") from None
-        except (OSError, ValueError):  # ssl.SSLError is an OSError
-            raise Failed("connection", None, "TLS failed") from None
-
     def _keep(self, response: http1.Response) -> None:
         if response.reusable:
             self._idle.kept = (response.place, response.wire.sock)
         else:
             response.wire.sock.close()
+
+
+def secured(sock: socket.socket, target: Target, tls: ssl.SSLContext, timeout_s: float) -> ssl.SSLSocket:
+    """The socket under TLS, its certificate checked against the host that was asked for."""
+    sock.settimeout(timeout_s)
+    try:
+        return tls.wrap_socket(sock, server_hostname=target.host)
+    except TimeoutError:
+        raise Failed("timeout", None, "no answer in time") from None
+    except (OSError, ValueError):  # ssl.SSLError is an OSError
+        raise Failed("connection", None, "TLS failed") from None
 
 
 def answered(status: int) -> Failed:
