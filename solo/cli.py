@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,8 +56,9 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     machine = memory.Machine.from_env()  # where its GPU's memory is told, what cannot fit is refused here
     uses = memory.of_recipe(load(RecipeSpec, recipe, settings.specs), machine) if machine else {}
     unpinned = estimate.unpinned(recipe, settings.specs)
+    downloads = _downloads(planned, settings)
     if as_json:
-        more = estimate_text.as_json(stages) | {"unpinned": unpinned}
+        more = estimate_text.as_json(stages) | {"unpinned": unpinned, "downloads": [asdict(one) for one in downloads]}
         more |= {"memory_gib": {name: use.gib() for name, use in uses.items()}} if machine else {}
         typer.echo(json.dumps(runs.plan_json(recipe, planned) | more))
         return
@@ -73,10 +76,22 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
         _say("")
         for text in estimate_text.lines(stages):
             _say(text)
+    if downloads:
+        from solo.copies import sentence
+
+        _say(f"- {sentence(downloads)}")
     for text in estimate_text.sentences(stages, unpinned):
         _say(f"- {text}")
     for text in memory.lines(uses, machine) if machine else ():
         _say(f"- {text}")
+
+
+def _downloads(planned: Sequence[line.Planned], settings: Settings) -> list[Any]:
+    """What acquire would fetch for what it would make."""
+    from solo import copies
+
+    wanted = [p.name for p in planned if p.part == "acquire" and p.action == "run"]
+    return copies.downloads([load(SourceSpec, name, settings.specs) for name in wanted], settings.root)
 
 
 @app.command()
@@ -146,11 +161,33 @@ def report(recipe: Recipe, as_json: Json = False) -> None:
 
 
 @app.command()
-def revision(path: Annotated[Path, typer.Argument(help="A file or a folder of source data.", exists=True)]) -> None:
-    """Print the pin of a source's data as it is now, to be put into its spec."""
-    from solo.acquire import content_sha256
+def revision(
+    data: Annotated[str, typer.Argument(help="A file or folder of data, or a source whose location is fetched.")],
+) -> None:
+    """Print the pin of a source's data as they are now, to be put into its spec."""
+    from solo import acquire, copies, location
 
-    typer.echo(f"revision: sha256:{content_sha256(path)}")
+    if Path(data).exists():
+        typer.echo(f"revision: sha256:{acquire.content_sha256(Path(data))}")
+        return
+    settings = Settings.from_env()
+    want = location.asked(load(SourceSpec, data, settings.specs))
+    if want.kind == "local":
+        raise ValueError(f"{data}: no such file, and the location of source {data} is a path; give that")
+    typer.echo(f"revision: {copies.pin(want, settings.root, _aside)}")
+
+
+@app.command()
+def fetch(source: Annotated[str, typer.Argument(help="A source whose acquire.location is fetched.")]) -> None:
+    """Fetch what a source is published as into the data root; what is there of it is not fetched again."""
+    from solo import acquire, copies, location
+
+    settings = Settings.from_env()
+    want = location.asked(load(SourceSpec, source, settings.specs))
+    if want.kind == "local":
+        raise ValueError(f"{source}: acquire.location is the path {want.location}; there is nothing to fetch")
+    acquire.check_pinned(source, want.revision, source)
+    typer.echo(copies.fetch(want, settings.root, _aside))
 
 
 @app.command()
@@ -222,11 +259,11 @@ def sources(
 
 @app.command()
 def check(source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/.")]) -> None:
-    """Probe a local copy of a source: the first mismatch by file and field, and what to do about it."""
+    """Probe a copy of a source: the first mismatch by file and field, and what to do about it."""
     from solo import sources as known
 
     settings = Settings.from_env()
-    found = known.check(load(SourceSpec, source, settings.specs), settings.specs)
+    found = known.check(load(SourceSpec, source, settings.specs), settings.specs, settings.root)
     typer.echo(f"{source}: {found.good} of the first {found.good + found.statuses.total()} records are as expected")
     for status, item in found.first.items():
         typer.echo(f"  {status} {found.statuses[status]}, the first is {item.identity}: {item.error}")
@@ -345,6 +382,11 @@ def _check_parts(**options: list[str] | None) -> None:
         for part in given or ():
             if part not in PARTS:
                 raise ValueError(f"{option} is {part!r}; choose one of {', '.join(PARTS)}")
+
+
+def _aside(text: str) -> None:
+    """A line of progress, out of the way of what is printed."""
+    typer.echo(text, err=True)
 
 
 def _say(text: str, style: str = "") -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -25,9 +25,10 @@ from filelock import FileLock, Timeout
 from solo import published, transfer
 from solo.artifact import canonical, combined_sha256, file_sha256, write_atomic
 from solo.estimate_text import size
-from solo.location import UNPINNED, Asked
+from solo.location import UNPINNED, Asked, asked
 from solo.patience import Stopped
 from solo.published import File
+from solo.spec import SourceSpec
 
 FILES_AT_ONCE = 4
 SAID_EVERY_S = 5.0
@@ -65,6 +66,47 @@ def absent_bytes(want: Asked, root: Path) -> int | None:
         part = path.with_name(path.name + ".part")
         left += file.size - (part.stat().st_size if part.exists() else 0)
     return left
+
+
+@dataclass(frozen=True)
+class Download:
+    """Bytes that acquiring some sources of one upstream would fetch; not `listed` where only their spec says so."""
+
+    sources: tuple[str, ...]
+    n_bytes: int | None
+    listed: bool
+
+
+def downloads(specs: Sequence[SourceSpec], root: Path) -> list[Download]:
+    """What is not there yet of these sources, each copy once."""
+    by_copy: dict[Path, list[SourceSpec]] = {}
+    for spec in specs:
+        want = asked(spec)
+        if want.kind != "local" and spec.revision != UNPINNED:
+            by_copy.setdefault(place(want, root), []).append(spec)
+    found = []
+    for path, wanting in by_copy.items():
+        if path.exists():
+            continue
+        left = absent_bytes(asked(wanting[0]), root)
+        told = next((spec.upstream.download_bytes for spec in wanting if spec.upstream), None)
+        names = tuple(spec.name for spec in wanting)
+        found.append(Download(names, told if left is None else left, left is not None))
+    return found
+
+
+def sentence(found: Sequence[Download], most: int = 4) -> str:
+    """The same for people."""
+    names = [name for one in found for name in one.sources]
+    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    unknown = [name for one in found for name in one.sources if one.n_bytes is None]
+    n_bytes = sum(one.n_bytes or 0 for one in found)
+    about = "" if all(one.listed for one in found) else "about "
+    told = f"acquire will download {about}{size(n_bytes)}" if n_bytes else "acquire will download"
+    text = f"{told} for {shown}"
+    if unknown and n_bytes:
+        text += f", and what {len(unknown)} of them have that no spec tells the size of"
+    return text
 
 
 def fetch(want: Asked, root: Path, told: Told) -> Path:

@@ -1,8 +1,9 @@
-"""Sources: a list of all of them with what is expected and what was made, and a probe of a local copy's layout.
+"""Sources: a list of all of them with what is expected and what was made, and a probe of a copy's layout.
 
-In: source specs, the manifests of a data root, a copy at `acquire.location`. Out: rows, sentences. Invariant: a probe
-reads the first records only, fetches nothing and writes nothing. Cost: YAML and manifests; for a probe what its
-adapter needs to begin (the index of an image archive) and PROBED records.
+In: source specs, the manifests of a data root, a copy at `acquire.location` or in the data root. Out: rows, sentences.
+Invariant: a probe reads the first records only, and fetches and writes nothing: where there is no copy yet, it asks
+whether what the spec names is published. Cost: YAML and manifests; for a probe what its adapter needs to begin (the
+index of an image archive) and PROBED records, or a listing.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solo import artifact, tables
+from solo import artifact, copies, published, tables
 from solo.estimate import published_bytes
 from solo.estimate_text import size
-from solo.location import UNPINNED
+from solo.location import UNPINNED, Asked, asked
 from solo.plugin import resolve
 from solo.sample import Rejected, Sample
 from solo.spec import SourceSpec, load
@@ -112,10 +113,13 @@ class Probe:
     first: dict[str, Rejected]  # status -> the first record with it
 
 
-def check(spec: SourceSpec, specs: Path) -> Probe:
+def check(spec: SourceSpec, specs: Path, root: Path) -> Probe:
     """Read the first records of the copy; ValueError with file, field and remedy where none can be read."""
-    location = specs / spec.acquire.location
+    want = asked(spec)
+    location = specs / spec.acquire.location if want.kind == "local" else copies.place(want, root)
     if not location.exists():
+        if want.kind != "local":
+            raise ValueError(f"{spec.name}: {absent(want)}")
         raise ValueError(f"{spec.name}: {location} does not exist; {remedy(spec)}")
     good, statuses, first = 0, Counter[str](), dict[str, Rejected]()
     try:
@@ -134,6 +138,18 @@ def check(spec: SourceSpec, specs: Path) -> Probe:
         what = f"{odd.identity}: {odd.error}" if odd else f"no record among {statuses.total()} is of this source"
         raise ValueError(f"{spec.name}: {what}, and so for all of the first {statuses.total()} records; {remedy(spec)}")
     return Probe(good, statuses, first)
+
+
+def absent(want: Asked) -> str:
+    """What is published of a source that is not here yet, and how to have it."""
+    files = published.listed(want)
+    known = [file.size for file in files if file.size is not None]
+    total = size(sum(known)) if len(known) == len(files) else "of unknown size"
+    shown = ", ".join(file.name or want.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    then = f"`solo fetch {want.source}` brings it, and check then reads its first records"
+    if want.revision == UNPINNED:
+        then = f"`solo revision {want.source}` tells the pin for its spec"
+    return f"not here yet; {len(files)} files, {total}, are published at {want.location} ({shown}); {then}"
 
 
 def _records(spec: SourceSpec, location: Path) -> Iterator[Sample | Rejected | object]:
@@ -156,6 +172,8 @@ def _records(spec: SourceSpec, location: Path) -> Iterator[Sample | Rejected | o
 def remedy(spec: SourceSpec) -> str:
     """What to do about a copy that cannot be read."""
     up = spec.upstream
+    if asked(spec).kind != "local":
+        return "correct acquire.adapter or acquire.args"
     if up is None:
         return "correct acquire.location or acquire.args"
     fetch = f"fetch {', '.join(up.files)} from {up.url}"
