@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import cli_bench, closing, estimate, estimate_text, line, memory, runs
+from solo import cli_bench, cli_fetch, closing, estimate, estimate_text, line, memory, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
@@ -35,6 +34,8 @@ diff = typer.Typer(help="What changed between two things a run made.", no_args_i
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(diff, name="diff")
 app.add_typer(show, name="show")
+app.command("revision")(cli_fetch.revision)
+app.command("fetch")(cli_fetch.fetch)
 out = Console(highlight=False)
 
 Recipe = Annotated[str, typer.Argument(help="Name of a file in datasets_spec/recipes/.")]
@@ -56,7 +57,7 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
     machine = memory.Machine.from_env()  # where its GPU's memory is told, what cannot fit is refused here
     uses = memory.of_recipe(load(RecipeSpec, recipe, settings.specs), machine) if machine else {}
     unpinned = estimate.unpinned(recipe, settings.specs)
-    downloads = _downloads(planned, settings)
+    downloads = cli_fetch.downloads(planned, settings)
     if as_json:
         more = estimate_text.as_json(stages) | {"unpinned": unpinned, "downloads": [asdict(one) for one in downloads]}
         more |= {"memory_gib": {name: use.gib() for name, use in uses.items()}} if machine else {}
@@ -76,22 +77,10 @@ def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: 
         _say("")
         for text in estimate_text.lines(stages):
             _say(text)
-    if downloads:
-        from solo.copies import sentence
-
-        _say(f"- {sentence(downloads)}")
-    for text in estimate_text.sentences(stages, unpinned):
+    for text in [*estimate_text.sentences(stages, unpinned), *cli_fetch.sentences(downloads)]:
         _say(f"- {text}")
     for text in memory.lines(uses, machine) if machine else ():
         _say(f"- {text}")
-
-
-def _downloads(planned: Sequence[line.Planned], settings: Settings) -> list[Any]:
-    """What acquire would fetch for what it would make."""
-    from solo import copies
-
-    wanted = [p.name for p in planned if p.part == "acquire" and p.action == "run"]
-    return copies.downloads([load(SourceSpec, name, settings.specs) for name in wanted], settings.root)
 
 
 @app.command()
@@ -158,36 +147,6 @@ def report(recipe: Recipe, as_json: Json = False) -> None:
     width = max(map(len, record["links"]), default=0)
     for name, link in record["links"].items():
         _say(f"{name:<{width}}  {link}")
-
-
-@app.command()
-def revision(
-    data: Annotated[str, typer.Argument(help="A file or folder of data, or a source whose location is fetched.")],
-) -> None:
-    """Print the pin of a source's data as they are now, to be put into its spec."""
-    from solo import acquire, copies, location
-
-    if Path(data).exists():
-        typer.echo(f"revision: sha256:{acquire.content_sha256(Path(data))}")
-        return
-    settings = Settings.from_env()
-    want = location.asked(load(SourceSpec, data, settings.specs))
-    if want.kind == "local":
-        raise ValueError(f"{data}: no such file, and the location of source {data} is a path; give that")
-    typer.echo(f"revision: {copies.pin(want, settings.root, _aside)}")
-
-
-@app.command()
-def fetch(source: Annotated[str, typer.Argument(help="A source whose acquire.location is fetched.")]) -> None:
-    """Fetch what a source is published as into the data root; what is there of it is not fetched again."""
-    from solo import acquire, copies, location
-
-    settings = Settings.from_env()
-    want = location.asked(load(SourceSpec, source, settings.specs))
-    if want.kind == "local":
-        raise ValueError(f"{source}: acquire.location is the path {want.location}; there is nothing to fetch")
-    acquire.check_pinned(source, want.revision, source)
-    typer.echo(copies.fetch(want, settings.root, _aside))
 
 
 @app.command()
@@ -382,11 +341,6 @@ def _check_parts(**options: list[str] | None) -> None:
         for part in given or ():
             if part not in PARTS:
                 raise ValueError(f"{option} is {part!r}; choose one of {', '.join(PARTS)}")
-
-
-def _aside(text: str) -> None:
-    """A line of progress, out of the way of what is printed."""
-    typer.echo(text, err=True)
 
 
 def _say(text: str, style: str = "") -> None:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from solo import published, transfer
 from solo.artifact import canonical, combined_sha256, file_sha256, write_atomic
+from solo.estimate import published_bytes
 from solo.estimate_text import size
 from solo.location import UNPINNED, Asked, asked
 from solo.patience import Stopped
@@ -89,24 +90,28 @@ def downloads(specs: Sequence[SourceSpec], root: Path) -> list[Download]:
         if path.exists():
             continue
         left = absent_bytes(asked(wanting[0]), root)
-        told = next((spec.upstream.download_bytes for spec in wanting if spec.upstream), None)
+        told = max((n for spec in wanting if (n := _about(spec)) is not None), default=None)
         names = tuple(spec.name for spec in wanting)
         found.append(Download(names, told if left is None else left, left is not None))
     return found
 
 
+def _about(spec: SourceSpec) -> int | None:
+    """What a spec lets expect: the size it tells, or what its counts come to (of a URL list they are the pictures)."""
+    if spec.upstream and spec.upstream.download_bytes:
+        return spec.upstream.download_bytes
+    return None if spec.acquire.adapter.startswith("url_") else published_bytes(spec)
+
+
 def sentence(found: Sequence[Download], most: int = 4) -> str:
-    """The same for people."""
+    """The same for people, where there is any."""
     names = [name for one in found for name in one.sources]
     shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-    unknown = [name for one in found for name in one.sources if one.n_bytes is None]
-    n_bytes = sum(one.n_bytes or 0 for one in found)
     about = "" if all(one.listed for one in found) else "about "
-    told = f"acquire will download {about}{size(n_bytes)}" if n_bytes else "acquire will download"
-    text = f"{told} for {shown}"
-    if unknown and n_bytes:
-        text += f", and what {len(unknown)} of them have that no spec tells the size of"
-    return text
+    unknown = [name for one in found if one.n_bytes is None for name in one.sources]
+    n_bytes = f"{about}{size(sum(one.n_bytes or 0 for one in found))} " if len(unknown) < len(names) else ""
+    more = f"; how much {len(unknown)} of them are is not known before they are listed" if unknown else ""
+    return f"acquire will download {n_bytes}for {shown}{more}"
 
 
 def fetch(want: Asked, root: Path, told: Told) -> Path:

@@ -73,7 +73,7 @@ def sentences(stages: Sequence[StageEstimate], unpinned: Sequence[str]) -> list[
     if unpinned:
         said.append(
             f"unpinned, acquire will refuse: {', '.join(unpinned)}; "
-            f"fetch them and put the line of `solo revision PATH` into their specs"
+            f"put the line of `solo revision PATH` (where their location is fetched: their name) into their specs"
         )
     return said
 

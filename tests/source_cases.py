@@ -62,7 +62,9 @@ CASES: dict[str, Case] = {
     "slimpajama-3": Case(
         write.slimpajama("chunk3/example_train_17.jsonl.zst", "chunk3/example_train_1.jsonl.zst"), SLIM, PROOF
     ),
-    "capsfusion": Case(write.url_list("", "image_url", "capsfusion", laion_2b="x"), FETCHED, BUG, ORIGIN),
+    "capsfusion": Case(
+        write.url_list("capsfusion_1.parquet", "image_url", "capsfusion", laion_2b="x"), FETCHED, BUG, ORIGIN
+    ),
     "websight": Case(
         write.websight,
         {"empty": 1, "missing_image": 2},

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tiny
+import yaml
 from archive_server import Hub, Site, serving
 from test_acquire import build, content
+from typer.testing import CliRunner
 
-from solo import acquire, copies, location, patience
-from solo.artifact import Job, make
+from solo import acquire, cli, copies, line, location, patience
+from solo.artifact import Job, combined_sha256, make
 from solo.location import Asked
 from solo.spec import SourceSpec
 
@@ -369,3 +374,56 @@ def test_a_single_file_is_its_own_location(site, tmp_path):
     path = copies.fetch(asked, tmp_path, print)
     assert path.is_file() and path.name == "train-0.tar" and path.read_bytes() == body
     assert acquire.content_sha256(path) == pin.removeprefix("sha256:")
+
+
+@pytest.fixture
+def specs(site, tmp_path, monkeypatch):
+    """The toy recipe, its text source at the web site."""
+    folder = tmp_path / "specs"
+    tiny.write_specs(folder)
+    monkeypatch.setenv("SOLO_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("SOLO_SPECS", str(folder))
+    return folder
+
+
+def solo(*arguments):
+    done = CliRunner().invoke(cli.app, list(arguments))
+    if isinstance(done.exception, ValueError):
+        return str(done.exception)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_commands_tell_what_is_to_come_fetch_it_and_probe_it(site, specs, tmp_path):
+    before = yaml.safe_load((specs / "sources/toy-text.yaml").read_text())["acquire"]
+    here = specs / before["location"]
+    name = next(p.name for p in here.iterdir()) if here.is_dir() else here.name
+    body = (here / name if here.is_dir() else here).read_bytes()
+    site.files[f"/text/{name}"] = body
+    fields = {"location": "http://archive.test/text", "files": [name], "loopback_ports": {"archive.test": site.port}}
+    tiny.edit(specs, "sources/toy-text.yaml", revision="unpinned", acquire=before | fields)
+    assert re.search(
+        r"not here yet; 1 files, .* are published at .*`solo revision toy-text` tells", solo("check", "toy-text")
+    )
+    assert "revision is unpinned" in solo("fetch", "toy-text")
+    pin = solo("revision", "toy-text").splitlines()[-1].removeprefix("revision: ")
+    assert pin == f"sha256:{combined_sha256({name: hashlib.sha256(body).hexdigest()})}"
+    copies.shutil.rmtree(tmp_path / "root/downloads")
+    upstream = {"id": "x", "url": "https://x.test", "files": [name], "layout": "lines", "download_bytes": 5_000_000}
+    tiny.edit(specs, "sources/toy-text.yaml", revision=pin, upstream=upstream)
+    asked = len(site.asked)
+    planned = json.loads(solo("plan", "toy", "--json"))["downloads"]
+    assert planned == [{"sources": ["toy-text"], "n_bytes": 5_000_000, "listed": False}]
+    assert "acquire will download about 5 MB for toy-text" in solo("plan", "toy") and len(site.asked) == asked
+    assert "`solo fetch toy-text` brings it" in solo("check", "toy-text")
+    path = solo("fetch", "toy-text").splitlines()[-1]
+    assert (Path(path) / name).read_bytes() == body
+    assert re.search(r"toy-text: \d+ of the first \d+ records are as expected", solo("check", "toy-text"))
+    assert json.loads(solo("plan", "toy", "--json"))["downloads"] == []
+    local = tmp_path / "local"
+    tiny.write_specs(local)
+    digests = set()
+    for at in (line.Settings.from_env(), line.Settings(tmp_path / "other", local, 1)):
+        (node,) = [n for n in line.nodes("toy", at.specs) if n.id == "acquire/toy-text"]
+        digests.add(line.make_node(node, {}, at)[0].digest)
+    assert len(digests) == 1

@@ -12,7 +12,7 @@ import source_layouts as write
 from raw import TOKENS
 from source_cases import CASES, Case, Said, qa
 
-from solo import acquire, measure, sources
+from solo import acquire, location, measure, sources
 from solo import filter as filter_part
 from solo import shard as shard_part
 from solo.artifact import Artifact, Job, make
@@ -24,13 +24,23 @@ SPECS = CHECKOUT / "datasets_spec"
 NAMES = sorted(p.stem for p in (SPECS / "sources").glob("*.yaml") if not p.stem.startswith("sample-"))
 
 
+def local(name: str, base: Path) -> tuple[SourceSpec, Path]:
+    """The committed spec with a path for its location, as one has it who fetched by hand, and that place."""
+    spec = load(SourceSpec, name, SPECS)
+    path = f"../.upstream/{location.last(spec.acquire.location)}"
+    if location.kind(spec.acquire.location) == "local":
+        path = spec.acquire.location
+    (base / "specs").mkdir()
+    place = base / "specs" / path
+    place.parent.mkdir(parents=True)
+    fetched = spec.acquire.model_copy(update={"location": path, "files": ()})
+    return spec.model_copy(update={"acquire": fetched}), place.resolve()
+
+
 def through(name: str, case: Case, base: Path, *, revision: str | None = None) -> list[Artifact]:
     """The artifacts of the three parts, made of the committed spec and the fixture at the place it names."""
-    spec = load(SourceSpec, name, SPECS)
-    (base / "specs").mkdir()
-    location = base / "specs" / spec.acquire.location
-    location.parent.mkdir(parents=True)
-    case.write(location.resolve())
+    spec, place = local(name, base)
+    case.write(place)
     return parts(spec, base, case.args, revision=revision)
 
 
@@ -102,13 +112,30 @@ def test_unpinned_data_can_be_planned_but_not_acquired(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_check_accepts_the_published_layout(name: str, tmp_path: Path) -> None:
-    (tmp_path / "specs").mkdir()
-    spec = load(SourceSpec, name, SPECS)
-    location = tmp_path / "specs" / spec.acquire.location
-    location.parent.mkdir(parents=True)
-    CASES[name].write(location.resolve())
-    found = sources.check(spec, tmp_path / "specs")
+    spec, place = local(name, tmp_path)
+    CASES[name].write(place)
+    found = sources.check(spec, tmp_path / "specs", tmp_path)
     assert found.good >= len(CASES[name].kept)
+
+
+PUBLISHED = {name: load(SourceSpec, name, SPECS) for name in NAMES}
+REMOTE = [name for name, spec in PUBLISHED.items() if location.kind(spec.acquire.location) == "hub"]
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_what_is_fetched_is_what_the_source_says_is_published(name: str, tmp_path: Path) -> None:
+    """The fixture's own names, at the place that the repository has them, are all that `acquire.files` asks for."""
+    spec, place = local(name, tmp_path)
+    CASES[name].write(place)
+    want = location.asked(PUBLISHED[name])
+    names = [p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()]
+    assert any(location.matches(name, pattern) for name in names for pattern in want.files)
+    repository, folder = want.repository
+    assert spec.upstream and spec.upstream.id.startswith(f"huggingface:{repository}")
+    inside = [f.partition("{")[0].partition("*")[0] for f in spec.upstream.files]
+    asked = [f"{folder}/{f}" if folder else f for f in want.files]
+    for start in inside:
+        assert any(f.startswith(start) for f in asked), (start, asked)
 
 
 def one_row(**columns: object) -> write.Write:
@@ -140,14 +167,11 @@ MISMATCHES = {
 
 @pytest.mark.parametrize("name", MISMATCHES)
 def test_check_names_file_field_and_remedy(name: str, tmp_path: Path) -> None:
-    (tmp_path / "specs").mkdir()
-    spec = load(SourceSpec, name, SPECS)
-    location = tmp_path / "specs" / spec.acquire.location
-    location.parent.mkdir(parents=True)
+    spec, place = local(name, tmp_path)
     change, says = MISMATCHES[name]
-    change(location.resolve())
+    change(place)
     with pytest.raises(ValueError, match=f"^{name}: .*{says}") as error:
-        sources.check(spec, tmp_path / "specs")
+        sources.check(spec, tmp_path / "specs", tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -161,7 +185,7 @@ def test_a_dataset_is_added_by_the_readmes_five_lines(tmp_path: Path) -> None:
     ]
     write.parquet(tmp_path / ".upstream/street-signs/signs.parquet", rows)
     spec = load(SourceSpec, "street-signs", tmp_path / "specs")
-    assert sources.check(spec, tmp_path / "specs").good == 2
+    assert sources.check(spec, tmp_path / "specs", tmp_path).good == 2
     *_, sharded = parts(spec, tmp_path, {})
     found = [said(s) for path in (sharded.path / "shards").glob("*.tar") for s in read_samples(path)]
     assert sorted(found, key=repr) == [qa("Which?", "No. 1"), qa("Which?", "No. 2")]
