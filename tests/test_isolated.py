@@ -1,8 +1,6 @@
 """What runs in img2dataset's environment, piece by piece: resolver tricks, robots.txt, consent, budget, decoder."""
 
-import io
 import os
-import random
 import signal
 import socket
 import threading
@@ -10,10 +8,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hostile import Canary, Server, answer, encoded
-from PIL import Image
 
 from solo.isolated import consent, probe, resizer, robots, web
 from solo.isolated.budget import Budget
@@ -256,39 +252,3 @@ def test_probe_agrees_with_pillow_on_sizes():
             assert (found.format, found.width, found.height, found.n_frames) == (form.lower(), *size, 1)
     frames = encoded("PNG", (9, 9))
     assert probe.probe(frames, RULES).n_frames == 1
-
-
-def area(pixels, width, height):
-    """The exact area resize: each target pixel is the mean of what it covers, fractions of pixels counted."""
-    for axis, size in ((0, height), (1, width)):
-        pixels = np.moveaxis(pixels, axis, 0)
-        sums = np.concatenate([np.zeros((1, *pixels.shape[1:])), pixels.cumsum(0)])
-        at = np.linspace(0, len(pixels), size + 1)
-        low = np.minimum(at.astype(int), len(pixels) - 1)
-        edges = sums[low] + (at - low)[:, None, None] * pixels[low]
-        pixels = np.moveaxis(np.diff(edges, axis=0) * size / len(pixels), 0, axis)
-    return pixels
-
-
-def waves(period, *, part=1.0):
-    """Stripes of full contrast on a part of a grey picture, 1,000 x 752."""
-    x = np.arange(1000)[None] + 0.3 * np.arange(752)[:, None]
-    grey = np.where(np.arange(1000) < 1000 * part, 127 + 120 * np.sin(2 * np.pi * x / period), 127)
-    return np.repeat(grey[..., None], 3, 2).astype(np.uint8)
-
-
-@needs_opencv
-@pytest.mark.parametrize("name", ["soft", "2.5", "3", "7", "patch"])
-def test_what_is_stored_is_within_40_db_of_a_full_decode(monkeypatch, name):
-    soft = Image.frombytes("L", (50, 40), random.Random(1).randbytes(2_000)).resize((1000, 752), Image.BICUBIC)
-    pixels = {"soft": np.asarray(soft.convert("RGB")), "patch": waves(2.5, part=0.1)}.get(name)
-    out = io.BytesIO()
-    Image.fromarray(waves(float(name)) if pixels is None else pixels).save(out, "JPEG", quality=75)
-    monkeypatch.setattr(resizer.sys, "executable", str(isolated_python()))
-    decoder = Decoder()
-    stored, width, height, *_ = decoder.ask(out.getvalue(), 256, probe.probe(out.getvalue(), RULES))
-    decoder._stop()
-    assert (width, height) == (256, 193)
-    exact = area(np.asarray(Image.open(out).convert("RGB"), float), width, height)
-    error = np.mean((exact - np.asarray(Image.open(io.BytesIO(stored)).convert("RGB"), float)) ** 2)
-    assert 10 * np.log10(255**2 / error) >= 40

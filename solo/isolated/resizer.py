@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from solo.isolated.decoder import ANSWER, ASK, KINDS
+from solo.isolated.decoder import ANSWER, ASK, KINDS, MEMORY
 from solo.isolated.probe import Probe
 from solo.isolated.rules import Failed
 
@@ -39,7 +39,7 @@ class Decoder:
     def ask(self, data: bytes, max_side_px: int, seen: Probe) -> tuple[bytes, int, int, int, int]:
         """A JPEG within max_side_px with sizes, or Failed."""
         kind = KINDS.index(seen.format if seen.format in KINDS else "other")
-        frame = ASK.pack(len(data), max_side_px, kind, seen.width, seen.height, seen.n_channels)
+        frame = ASK.pack(len(data), max_side_px, kind)
         with self._lock:
             try:
                 return self._exchange(frame, data)
@@ -58,6 +58,7 @@ class Decoder:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
+                env=os.environ | MEMORY,
             )
             for pipe in (process.stdin, process.stdout):
                 with suppress(OSError):  # an administrator may allow less
