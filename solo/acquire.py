@@ -24,6 +24,7 @@ import duckdb
 
 from solo import copies, location, passes
 from solo.artifact import Job, Result, combined_sha256, file_sha256, make
+from solo.distributor import remove_images
 from solo.location import UNPINNED
 from solo.passes import FETCH
 from solo.plugin import resolve
@@ -98,6 +99,7 @@ def _acquire(job: Job) -> None:
     tars.close()
     spool.close()
     write_sorted(job, job.work / "spool.parquet")
+    remove_images(job)
 
 
 def _items(job: Job, source: str, path: Path, spec: Acquire) -> Iterator[Sample | Rejected | Fetched]:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from solo import passes
 from solo.acquire import Fetched
 from solo.artifact import Job
+from solo.distributor import Images, crew
 from solo.isolated.rules import VARIABLE
 from solo.origin import Origin
 from solo.passes import FETCH
@@ -91,17 +92,18 @@ def fetch(urls: UrlList, job: Job) -> Iterator[Fetched]:
         yield from _shard_items(urls, job, listed, shard)
 
 
-def command(urls: UrlList, requests: Path, images: Path, n_urls: int, workers: int) -> list[str]:
+def command(urls: UrlList, job: Job, images: str, n_urls: int) -> list[str]:
     """img2dataset's arguments."""
     options: dict[str, Any] = {
-        "url_list": str(requests),
+        "url_list": str(job.work / "requests"),
         "input_format": "parquet",
         "url_col": "url",
         "save_additional_columns": ["solo_key"],
-        "output_folder": str(images),
+        "output_folder": images,
         "output_format": "webdataset",
         "number_sample_per_shard": rows_per_shard(n_urls),
-        "processes_count": workers,
+        "distributor": crew().distributor,
+        "processes_count": job.workers,
         "thread_count": THREADS,
         "resize_mode": "keep_ratio_largest",
         "image_size": urls.rules.max_side_px,
@@ -119,40 +121,41 @@ def command(urls: UrlList, requests: Path, images: Path, n_urls: int, workers: i
 
 def _download(urls: UrlList, job: Job, n_urls: int) -> None:
     """Run img2dataset until each shard has its stats file, ATTEMPTS times at most."""
-    python, images, shared = environment(), job.work / "images", job.work / "shared"
-    for folder in (images, job.work / "seen", job.work / "fetches", shared):
+    python, images, shared = environment(), Images(job), job.work / "shared"
+    for folder in (job.work / "seen", job.work / "fetches", shared):
         folder.mkdir(exist_ok=True)
-    for stats in images.glob("*_stats.json"):
-        if not (job.work / "seen" / stats.name).exists():
-            stats.unlink()
+    for name in images.stats():
+        if not (job.work / "seen" / name).exists():
+            images.drop(name)
     n_wanted = n_shards(n_urls)
     with contextlib.ExitStack() as stack:
-        rules = dataclasses.replace(urls.rules, log=str(job.work / "fetches"), shared=str(shared))
+        rules = dataclasses.replace(crew().share(urls.rules), log=str(job.work / "fetches"), shared=str(shared))
         if urls.origin is not None:
             ip, _, port = stack.enter_context(Origin(urls.origin)).address.rpartition(":")
             rules = dataclasses.replace(rules, mapped=(*rules.mapped, (str(urls.origin_host), ip, int(port))))
-        env = os.environ | {VARIABLE: rules.dump(), "SOLO_GUARD_PARENT": str(os.getpid())}
+        own = {VARIABLE: rules.dump(), "SOLO_GUARD_PARENT": str(os.getpid())}
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | own
         for attempt in range(ATTEMPTS):
-            if (n_done := _see(job)) == n_wanted:
+            if (n_done := _see(job, images)) == n_wanted:
                 break
-            (shared / "hosts").unlink(missing_ok=True)  # places that killed workers held
+            for places in shared.glob("hosts-*"):  # that killed workers held
+                places.unlink()
             job.progress(f"img2dataset: attempt {attempt + 1}, {n_done} of {n_wanted} shards are there")
-            options = command(urls, job.work / "requests", images, n_urls, job.workers)
-            _run([str(python), "-I", str(GUARD), *options], env, job, n_wanted)
-    if _see(job) == 0:
+            _run([str(python), "-I", str(GUARD), *command(urls, job, images.url, n_urls)], env, job, images, n_wanted)
+    if _see(job, images) == 0:
         tail = (job.work / "img2dataset.log").read_text(errors="replace").strip().rpartition("\n")[2]
         raise ValueError(f"{urls.source}: img2dataset finished no shard in {ATTEMPTS} attempts; its last line: {tail}")
 
 
-def _run(arguments: list[str], env: dict[str, str], job: Job, n_wanted: int) -> None:
+def _run(arguments: list[str], env: dict[str, str], job: Job, images: Images, n_wanted: int) -> None:
     """One img2dataset process group, gone when this returns or raises; its last shard is its last useful act."""
     with (job.work / "img2dataset.log").open("ab") as out:
         process = subprocess.Popen(arguments, env=env, stdout=out, stderr=out, start_new_session=True)
         try:
-            n_seen = _see(job)
+            n_seen = _see(job, images)
             while n_seen < n_wanted and process.poll() is None and not _stalled(job):
-                time.sleep(0.1)
-                if (n_done := _see(job)) > n_seen:
+                time.sleep(images.poll_s)
+                if (n_done := _see(job, images)) > n_seen:
                     n_seen = n_done
                     job.progress(f"img2dataset: {n_done} shards done")
         finally:
@@ -173,29 +176,28 @@ def _newest(job: Job, name: str) -> list[Path]:
     return list((job.work / name).iterdir()) if name == "fetches" else []
 
 
-def _see(job: Job) -> int:
+def _see(job: Job, images: Images) -> int:
     """Mark finished shards as seen by a living process; how many there are.
 
     img2dataset outlives a killed acquire by some milliseconds, in which the origin is gone already: a shard it
     finishes then holds connection errors that an undisturbed run would not have, so only seen shards are kept.
     """
-    for stats in (job.work / "images").glob("*_stats.json"):
-        (job.work / "seen" / stats.name).touch()
+    for name in images.stats():
+        (job.work / "seen" / name).touch()
     return sum(1 for _ in (job.work / "seen").iterdir())
 
 
 def _shard_items(urls: UrlList, job: Job, listed: Path, shard: int) -> Iterator[Fetched]:
     """The rows of one img2dataset shard by key, whatever order they came in."""
     rows = pq.ParquetFile(listed).read_row_group(shard).to_pylist()
-    base = job.work / "images" / f"{shard:05d}"
-    if not (job.work / "seen" / f"{base.name}_stats.json").exists():
+    if not (job.work / "seen" / f"{shard:05d}_stats.json").exists():
         for row in rows:
             yield _fetched(row, "lost", f"img2dataset did not finish this shard in {ATTEMPTS} attempts")
         return
-    found = {entry["solo_key"]: entry for entry in pq.read_table(base.with_suffix(".parquet")).to_pylist()}
     seen = pq.ParquetFile(job.out / FETCH).read_row_group(shard, columns=["key", "evidence", "served_sha256"])
     facts = {fact.pop("key"): fact for fact in seen.to_pylist()}
-    with tarfile.open(base.with_suffix(".tar"), "r:") as tar:
+    with Images(job).shard(shard) as (table, path), tarfile.open(path, "r:") as tar:
+        found = {entry["solo_key"]: entry for entry in pq.read_table(table).to_pylist()}
         members = {member.name: member for member in tar if member.name.endswith(".jpg")}
         for row in rows:
             entry = found.get(row["key"])

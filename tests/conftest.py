@@ -31,7 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SOLO_ROOT", "SOLO_SPECS", "SOLO_WORKERS", "SOLO_RANKS", "SOLO_DEEPSPEED", "SOLO_HOSTS"):
+    line = ("SOLO_ROOT", "SOLO_SPECS", "SOLO_WORKERS", "SOLO_RANKS", "SOLO_DEEPSPEED", "SOLO_HOSTS")
+    for name in (*line, "SOLO_DISTRIBUTOR", "SOLO_MACHINES", "SOLO_IMAGES"):
         monkeypatch.delenv(name, raising=False)
 
 

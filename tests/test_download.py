@@ -144,8 +144,10 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from test_download import job
-from solo import acquire
+from solo import acquire, distributor
 from solo.artifact import make
+os.environ["SOLO_IMAGES"] = "file://" + {folder!r} + "/elsewhere"
+distributor.POLL_S[True] = 0.1
 def progress(line):
     if "1 shards done" in line:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -154,7 +156,10 @@ make(job(Path({folder!r}), "killed", progress=progress), acquire.run)
 
 
 def killed_run(folder):
-    """An acquire killed by SIGKILL, alone, when one of its two img2dataset shards is there; its exit code."""
+    """An acquire killed by SIGKILL, alone, when one of its two img2dataset shards is there; its exit code.
+
+    Its images go to a URL; the attempt after it is not told so and finds them there.
+    """
     path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     code = KILLED.format(path=path, folder=str(folder))
     return subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode
@@ -228,6 +233,8 @@ def test_killed_and_run_again_is_the_same_bytes(runs, folder):
     half = job(folder, "killed")
     done = sorted(p.name for p in (half.work / "seen").iterdir())
     assert done == ["00000_stats.json"] and not (half.out / "outcomes.parquet").exists()
+    [elsewhere] = (folder / "elsewhere").iterdir()
+    assert elsewhere.name == f"acquire-web-{half.fingerprint}" and (elsewhere / "00000.tar").exists()
     deadline = time.monotonic() + 5
     while (left := orphans(half.work)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -235,7 +242,7 @@ def test_killed_and_run_again_is_the_same_bytes(runs, folder):
     lines = []
     again, _ = make(job(folder, "killed", progress=lines.append), acquire.run)
     assert "img2dataset: attempt 1, 1 of 2 shards are there" in lines
-    assert again.manifest.digest == artifact.manifest.digest
+    assert again.manifest.digest == artifact.manifest.digest and not elsewhere.exists()
     for name in ("outcomes.parquet", "raw/00000.tar", "raw/00001.tar", "raw/00002.tar"):
         assert (again.path / name).read_bytes() == (artifact.path / name).read_bytes()
 

@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import random
+import socket
 import struct
 import threading
 import time
@@ -32,7 +33,7 @@ class Budget:
     def __init__(self, folder: str, concurrency: int | None, requests_per_s: float | None) -> None:
         self.concurrency = concurrency
         self.gap_s = 1 / requests_per_s if requests_per_s else 0.0
-        self._file = os.open(Path(folder, "hosts"), os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(Path(folder, f"hosts-{socket.gethostname()}"), os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self._file, SLOTS * ENTRY.size)
         self._map = mmap.mmap(self._file, SLOTS * ENTRY.size)
         self._threads = [threading.Lock() for _ in range(64)]  # file locks do not hold between threads
