@@ -127,8 +127,7 @@ def compared(unique: tuple[str, ...], near: Near) -> list[str]:
 def drop(con: duckdb.DuckDBPyConnection, unique: tuple[str, ...], near: Near, scratch: Path) -> None:
     """Give a reason and a winner to every sample of `judged` that another one makes superfluous."""
     for entry, reason in zip(unique, reasons(unique, Near()), strict=True):
-        identity = " || chr(0) || ".join(f"CAST({quoted(column)} AS VARCHAR)" for column in parts(entry))
-        con.execute(f"CREATE OR REPLACE TEMP TABLE lost AS {REPEATS.format(identity=f'({identity})')}")
+        con.execute(f"CREATE OR REPLACE TEMP TABLE lost AS {REPEATS.format(identity=identity(entry))}")
         con.execute(DROP, {"reason": reason})
     if near.image is not None:
         colours = "''" if near.colour is None else "coalesce(evidence.colours, '')"
@@ -142,6 +141,11 @@ def drop(con: duckdb.DuckDBPyConnection, unique: tuple[str, ...], near: Near, sc
         con.execute(TEXTS)
         alike = _minima_alike(con, near.text, scratch)
         _drop_clusters(con, _bands(con), alike, reason="near_text", same="nodes.minhash = evidence.minhash")
+
+
+def identity(entry: str) -> str:
+    """What is equal in samples that an entry of `unique` calls the same; NULL is like nothing."""
+    return "(" + " || chr(0) || ".join(f"CAST({quoted(column)} AS VARCHAR)" for column in parts(entry)) + ")"
 
 
 def quoted(column: str) -> str:

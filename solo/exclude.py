@@ -12,6 +12,7 @@ solo/decontaminate.py's scan of text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -28,30 +29,46 @@ EXCLUDED_FILE, HITS_FILE = "excluded.parquet", "contamination.parquet"
 CONTAMINATED = "contaminated"
 IMAGE_COLUMNS = ("image_sha256", "phash", "colours")  # a source without images has none to compare
 IMAGE_BITS, COLOUR_LEVELS = 3, 16
-ROW_GROUP = 122_880
+ROW_GROUP = 122_880  # DuckDB's own: one scan unit per thread
 
-CANDIDATES = """
-SELECT {rank} AS side, {source} AS source, key, {columns}
-FROM (SELECT *, {reason} AS "out of it" FROM read_parquet($files, union_by_name := TRUE))
-WHERE "out of it" IS NULL
-"""
+ELIGIBLE = """
+SELECT {rank} AS side, {source} AS source, key, n_tokens, {columns}
+FROM (SELECT *, {reason} AS "out of it" FROM read_parquet({files}, union_by_name := TRUE))
+WHERE "out of it" IS NULL"""
 HAS_IMAGES = "SELECT coalesce(max(n_images), 0) > 0 FROM read_parquet($files, union_by_name := TRUE)"
 RANKED = """
-CREATE OR REPLACE TABLE ranked AS
-SELECT row_number() OVER (ORDER BY side, key) - 1 AS item, * FROM candidates
+CREATE OR REPLACE TEMP TABLE ranked AS
+SELECT row_number() OVER (ORDER BY side, key) - 1 AS item, * FROM {candidates}
 """
-EVIDENCE = "CREATE OR REPLACE VIEW evidence AS SELECT * EXCLUDE (side, source, key) FROM ranked"
+# What one source alone holds has no twin; sums of 64 bits find what several hold and now and then a little more.
+SHARED = """
+CREATE OR REPLACE TEMP TABLE shared_{i} AS
+SELECT sum64 FROM (SELECT hash({identity}) AS sum64, side FROM eligible WHERE {identity} IS NOT NULL)
+GROUP BY sum64 HAVING min(side) <> max(side)
+"""
+EVIDENCE = "CREATE OR REPLACE TEMP VIEW evidence AS SELECT * EXCLUDE (side, source, key, n_tokens) FROM ranked"
 JUDGED = """
 CREATE OR REPLACE TABLE judged AS
-SELECT item, side, source, key, IF(key IN (SELECT key FROM hits), $contaminated, NULL) AS reason,
+SELECT item, side, source, key, n_tokens, IF(key IN (SELECT key FROM hits), $contaminated, NULL) AS reason,
   CAST(NULL AS BIGINT) AS winner
 FROM ranked
 """
 EXCLUDED = """
-SELECT judged.key, judged.source, judged.reason, winners.key AS winner, winners.source AS winner_source
-FROM judged LEFT JOIN judged AS winners ON winners.item = judged.winner
-WHERE judged.reason IS NOT NULL
-ORDER BY judged.source, judged.key
+CREATE OR REPLACE TEMP TABLE excluded AS
+SELECT own.key, own.source, own.reason, own.n_tokens, winners.key AS winner, winners.source AS winner_source
+FROM judged AS own LEFT JOIN judged AS winners ON winners.item = own.winner
+WHERE own.reason IS NOT NULL
+"""
+# Sorted, because else row groups would end where a thread did. A dictionary of keys is never smaller than the keys.
+WRITE = """
+COPY ({rows}) TO {path} (
+  FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, DICTIONARY_SIZE_LIMIT 4096, ROW_GROUP_SIZE {row_group}
+)
+"""
+SORTED = "FROM excluded ORDER BY source, key"
+COUNTED = """
+SELECT source, reason, winner_source, count(*) AS samples
+FROM excluded GROUP BY ALL ORDER BY source, reason, winner_source NULLS FIRST
 """
 SAME_BYTES = """
 SELECT benchmark, pictures.item, source, key
@@ -100,13 +117,19 @@ def run(job: Job, mix: MixSpec, con: duckdb.DuckDBPyConnection, ledgers: list[Le
     con.register("hits", hits)
     con.execute(JUDGED, {"contaminated": CONTAMINATED})
     duplicates.drop(con, mix.unique, mix.near, job.work)
-    excluded = con.sql(EXCLUDED).to_arrow_table()
-    write_table(job.out / EXCLUDED_FILE, excluded, row_group=ROW_GROUP)
+    con.execute(EXCLUDED)
+    write(con, SORTED, job.out / EXCLUDED_FILE)
     if wanted:
         write_table(job.out / HITS_FILE, hits, row_group=ROW_GROUP)
-    con.execute("DROP TABLE judged; DROP VIEW evidence; DROP TABLE ranked; DROP TABLE candidates")
+    found = con.sql(COUNTED).to_arrow_table().to_pylist()
+    con.execute("DROP TABLE judged; DROP TABLE excluded; DROP VIEW evidence; DROP TABLE ranked; DROP VIEW eligible")
     con.unregister("hits")
-    return {"excluded": _counted(excluded), "contamination": decontaminate.summary(wanted, hits)}
+    return {"excluded": found, "contamination": decontaminate.summary(wanted, hits)}
+
+
+def write(con: duckdb.DuckDBPyConnection, rows: str, path: Path) -> None:
+    """Write the rows of a sorted query as Parquet, by all threads and with the bytes that one would write."""
+    con.execute(WRITE.format(rows=rows.strip(), path=literal(str(path)), row_group=ROW_GROUP))
 
 
 def _check_names(mix: MixSpec) -> None:
@@ -118,28 +141,40 @@ def _check_names(mix: MixSpec) -> None:
 
 
 def _gather(con: duckdb.DuckDBPyConnection, mix: MixSpec, ledgers: list[Ledger]) -> None:
-    """Table `ranked`: every eligible sample of every source, ranked, with the columns compared."""
+    """Table `ranked`: every eligible sample that may be left out or win, ranked, with the columns compared."""
     columns = dict.fromkeys(duplicates.compared(mix.unique, mix.near))
     needed = [*columns, *(["image_sha256", "phash"] if mix.decontaminate else [])]
     columns |= dict.fromkeys(IMAGE_COLUMNS if mix.decontaminate else ())
+    kinds = {column: "BLOB" if column == "minhash" else "VARCHAR" for column in columns}
+    branches = []
     for rank, ledger in enumerate(ledgers):
-        ((has_images,),) = con.execute(HAS_IMAGES, {"files": ledger.files}).fetchall()
-        for column in needed:
-            if column not in ledger.columns and (has_images or column not in IMAGE_COLUMNS):
+        if lacking := [column for column in needed if column not in ledger.columns]:
+            ((has_images,),) = con.execute(HAS_IMAGES, {"files": ledger.files}).fetchall()
+            for column in (c for c in lacking if has_images or c not in IMAGE_COLUMNS):
                 raise SpecError(
                     f"mixes/{mix.name}.yaml: it compares by {column!r}, which the ledger of {ledger.name} lacks; "
                     f"add its signal to filter.signals in sources/{ledger.name}.yaml"
                 )
-        kinds = {column: "BLOB" if column == "minhash" else "VARCHAR" for column in columns}
-        chosen = [
+        chosen = ", ".join(
             f"CAST({duplicates.quoted(c) if c in ledger.columns else 'NULL'} AS {kind}) AS {duplicates.quoted(c)}"
             for c, kind in kinds.items()
-        ]
-        sql = CANDIDATES.format(rank=rank, source=literal(ledger.name), columns=", ".join(chosen), reason=ledger.reason)
-        how = "INSERT INTO candidates" if rank else "CREATE OR REPLACE TABLE candidates AS"
-        con.execute(f"{how} {sql}", {"files": ledger.files})
-    con.execute(RANKED)
+        )
+        given = {"rank": rank, "source": literal(ledger.name), "files": literal(ledger.files)}
+        branches.append(ELIGIBLE.format(**given, columns=chosen, reason=ledger.reason))
+    con.execute(f"CREATE OR REPLACE TEMP VIEW eligible AS {' UNION ALL '.join(branches)}")
+    everyone = mix.near != type(mix.near)() or mix.decontaminate
+    con.execute(RANKED.format(candidates="eligible" if everyone else _suspects(con, mix.unique)))
     con.execute(EVIDENCE)
+
+
+def _suspects(con: duckdb.DuckDBPyConnection, unique: tuple[str, ...]) -> str:
+    """A query for the samples that share a value with another source's: all that exact comparison can leave out."""
+    shared = []
+    for i, entry in enumerate(unique):
+        identity = duplicates.identity(entry)
+        con.execute(SHARED.format(i=i, identity=identity))
+        shared.append(f"hash({identity}) IN (FROM shared_{i})")
+    return f"eligible WHERE {' OR '.join(shared)}"
 
 
 def contamination(job: Job, con: duckdb.DuckDBPyConnection, ledgers: list[Ledger], wanted: list[Benchmark]) -> pa.Table:
@@ -178,14 +213,6 @@ def _picture_hits(con: duckdb.DuckDBPyConnection, wanted: list[Benchmark]) -> li
         con.unregister(name)
     names = ("benchmark", "item", "source", "key")
     return [dict(zip(names, place, strict=True)) | {"how": how, "evidence": e} for place, (how, e) in hits.items()]
-
-
-def _counted(excluded: pa.Table) -> list[dict[str, Any]]:
-    """Samples left out by source, reason and the source that keeps their twin."""
-    by = ["source", "reason", "winner_source"]
-    counted = excluded.group_by(by).aggregate([([], "count_all")]).to_pylist()
-    rows = [{name: row[name] for name in by} | {"samples": row["count_all"]} for row in counted]
-    return sorted(rows, key=lambda r: (r["source"], r["reason"], r["winner_source"] or ""))
 
 
 def literal(value: object) -> str:

@@ -115,7 +115,8 @@ def test_lock_holds_the_ledger_columns_sorted_by_source_and_key(root: Path) -> N
         for r in tables[s].to_pylist()
     ]
     assert rows(made) == want
-    assert pq.read_schema(made.path / "lock.parquet").equals(curate.LOCK)
+    written = pq.read_schema(made.path / "lock.parquet")
+    assert [(f.name, f.type) for f in written] == [(f.name, f.type) for f in curate.LOCK]
 
 
 def test_weights_share_the_budget_to_within_one_document(root: Path) -> None:
@@ -255,6 +256,15 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert digests(both[0]) == digests(both[1])
 
 
+def replay(text: str) -> list[dict]:
+    """The rows that the last statement of a lock's script gives, in a DuckDB of its own."""
+    con = duckdb.connect()
+    *before, last = duckdb.extract_statements(text)
+    for statement in before:
+        con.execute(statement)
+    return con.sql(last.query).to_arrow_table().cast(curate.LOCK).to_pylist()
+
+
 def test_the_sql_kept_runs_alone_and_gives_the_lock(root: Path) -> None:
     table = ledger("a", lengths(30, 0), label=["it's", "no"] * 15)
     mix = [{"source": "a", "epochs": 0.5, "where": {"o'k": "label = 'it''s'"}}]
@@ -262,14 +272,10 @@ def test_the_sql_kept_runs_alone_and_gives_the_lock(root: Path) -> None:
     made = run(root, mix, shards)
     text = (made.path / "mix.sql").read_text()
     header = dict(line[4:].split(" = ", 1) for line in text.splitlines() if line.startswith("-- $"))
-    assert header.pop("files").startswith("'shards/*.parquet' of shard/a")
-    for name, value in ({"files": f"'{shards['a'].path}/shards/*.parquet'"} | header).items():
+    assert header.pop("files_a").startswith("'shards/*.parquet' of shard/a")
+    for name, value in ({"files_a": f"'{shards['a'].path}/shards/*.parquet'"} | header).items():
         text = text.replace(f"${name}", value)
-    statements = duckdb.extract_statements(text)
-    con = duckdb.connect()
-    assert con.execute(statements[0]).fetchall()[-1][:2] == (None, 15)
-    assert repr(con.execute(statements[1]).fetchall()[0][0]) == header["edge"]
-    assert con.sql(statements[2].query).to_arrow_table().cast(curate.LOCK).to_pylist() == rows(made)
+    assert replay(text) == rows(made)
     assert str(root) not in (made.path / "mix.sql").read_text(), "a file of an artifact names no machine path"
 
 
