@@ -8,8 +8,8 @@ import pytest
 
 from solo import bench_curate
 
-ROWS = 1_500  # of each of 32 sources
-CAP_BYTES = 16 << 20  # 7 MB of 48,000 rows lie on disk then
+ROWS = 6_000  # of each of 32 sources
+CAP_BYTES = 42 << 20  # some megabytes of 192,000 rows lie on disk then; the writer of Parquet needs most of the rest
 
 
 @pytest.fixture(scope="module")
