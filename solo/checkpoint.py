@@ -3,7 +3,7 @@
 In: a folder that the ranks have just filled. Out: `ROOT/step-000010/` with `manifest.json` (the loader's state, world
 size, sha256 of every file and of itself) written last, then renamed into place. Invariants: a folder under its final
 name was complete when it got that name, and damage done to it later is found before it is used. Cost: one hash pass
-per save and per resume.
+per resume; a save hashes only what its writers did not.
 No torch here: the supervisor reads this module before any rank starts.
 """
 
@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ class Checkpoint:
 
     path: Path
     step: int  # optimizer steps done
-    world_size: int  # ranks that wrote it, and that alone can read its optimizer state
+    world_size: int  # ranks that wrote it; any number can go on from it
     loader: dict[str, Any]  # its state, for `Plan.step_of`
     facts: dict[str, Any]  # stage, commit: for people, compared with nothing
 
@@ -78,18 +78,33 @@ def aside_of(root: Path, step: int) -> Path:
 
 
 def seal(
-    aside: Path, *, loader: dict[str, Any], world_size: int, facts: dict[str, Any], keep: Keep | None = None
+    aside: Path,
+    *,
+    loader: dict[str, Any],
+    world_size: int,
+    facts: dict[str, Any],
+    keep: Keep | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Flush and hash every file, write the manifest last, rename into place, drop what need not be kept."""
+    """Flush and hash every file, write the manifest last, rename into place, drop what need not be kept.
+
+    `digests`: the hashes of files that lie on disk already, by their path in the folder.
+    """
     root, step = aside.parent, loader["step"]
     paths = sorted(p for p in aside.rglob("*") if p.is_file())
+    names = [path.relative_to(aside).as_posix() for path in paths]
+    hashed = dict(digests or {})
+    if lost := hashed.keys() - set(names):
+        raise FileNotFoundError(f"{aside}: {min(lost)} was written and is gone")
+    others = [path for path, name in zip(paths, names, strict=True) if name not in hashed]
+    hashed |= {p.relative_to(aside).as_posix(): h for p, h in zip(others, _hashes(others, flush=True), strict=True)}
     manifest = {
         "loader": loader,
         "world_size": world_size,
         "facts": facts,
         "files": [
-            {"path": path.relative_to(aside).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, _hashes(paths, flush=True), strict=True)
+            {"path": name, "bytes": path.stat().st_size, "sha256": hashed[name]}
+            for path, name in zip(paths, names, strict=True)
         ],
     }
     with (aside / MANIFEST).open("wb") as file:

@@ -78,10 +78,9 @@ class Health:
         self.events.append(event)
         return event
 
-    def save(self, folder: Path) -> None:
-        """Into a checkpoint."""
-        state = {"losses": self.losses, "events": self.events, "quarantined": self.quarantined}
-        (folder / STATE).write_bytes(canonical(state))
+    def state(self) -> bytes:
+        """For a checkpoint, as `STATE`."""
+        return canonical({"losses": self.losses, "events": self.events, "quarantined": self.quarantined})
 
     def load(self, folder: Path, *, rewind: bool = False) -> None:
         """From a checkpoint; `rewind` keeps what was learned of sick steps since."""

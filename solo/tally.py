@@ -18,7 +18,7 @@ from solo.loader import Pack
 from solo.spec import ModelSpec, Stage
 
 # Places of the vector; the losses of sources and their loss tokens come after these.
-STOP, STALL_S, LOSS, TOKENS, LOSS_TOKENS, LEFT_OUT, FLOPS, IMAGE, TEXT, FIRST = (*range(8), 9, 11)
+STOP, STALL_S, LOSS, TOKENS, LOSS_TOKENS, LEFT_OUT, FLOPS, IMAGE, TEXT, SAVE_S, FIRST = (*range(8), 9, 11, 12)
 
 
 class Tally:
@@ -32,10 +32,10 @@ class Tally:
     def of(
         self, rows: Sequence[dict[str, Any]], packs: Sequence[Pack], scale: Callable[[int], float], **own: float
     ) -> np.ndarray:
-        """One rank's vector; `scale`: what a pack's summed losses are multiplied with; `own`: `stop`, `stall_s`."""
+        """One rank's vector; `scale`: what a pack's summed losses are multiplied with; `own`: stop, stall_s, save_s."""
         n = len(self.sources)
         found = np.zeros(FIRST + 2 * n)
-        found[STOP], found[STALL_S] = own["stop"], own["stall_s"]
+        found[STOP], found[STALL_S], found[SAVE_S] = own["stop"], own["stall_s"], own["save_s"]
         for row, pack in zip(rows, packs, strict=True):
             loss, n_loss = _number(row), row["n_loss_tokens"]
             found[LOSS] += loss * n_loss * scale(n_loss) / self.batch_packs
@@ -62,6 +62,7 @@ class Tally:
             "loss_tokens": int(total[LOSS_TOKENS]),
             "left_out": int(total[LEFT_OUT]),
             "input_stall_s": round(total[STALL_S] / n_ranks, 4),
+            "checkpoint_stall_s": round(total[SAVE_S] / n_ranks, 4),
             "sources": {
                 source: round(loss / n_loss, 6) for source, loss, n_loss in of_sources if n_loss and math.isfinite(loss)
             },

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +136,15 @@ def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
         if key not in HOW_KEYS:
             owner = f"the stage's {OWNERS[key]} says that" if key in OWNERS else "it may change the weights"
             raise ValueError(f"{path}: key {key!r} does not belong here, {owner}; keys allowed: {sorted(HOW_KEYS)}")
-    zero = given.get("zero_optimization", {}).get("stage", 0)
-    if zero not in (1, 2):
-        raise ValueError(f"{path}: zero_optimization.stage is {zero}; use 1 or 2 (0 has no gradient norm in fp32)")
+    zero = _zero_stage(path, given.get("zero_optimization", {}), stage)
     config: dict[str, Any] = given | {
+        "zero_optimization": given.get("zero_optimization", {}) | {"stage": zero},
         "train_batch_size": stage.batch_packs,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": stage.batch_packs // ranks,
-        "gradient_clipping": stage.clip_norm,
+        "gradient_clipping": stage.clip_norm if zero else 0.0,  # without ZeRO it is ours: `engine.own_norm`
     }
-    if "offload_optimizer" in given["zero_optimization"]:
+    if "offload_optimizer" in config["zero_optimization"]:
         if zero != 1:
             raise ValueError(f"{path}: offload_optimizer needs zero_optimization.stage 1, not {zero}; see engine.py")
         # `engine.accumulation` sums gradients; the optimizer is torch's own fused AdamW, which runs on both devices.
@@ -157,15 +156,29 @@ def deepspeed_config(path: Path, stage: Stage, ranks: int) -> dict[str, Any]:
     return config
 
 
+def _zero_stage(path: Path, zero: Mapping[str, Any], stage: Stage) -> int:
+    """The ZeRO stage of a DeepSpeed file, where it and all that the file says of it leaves the result alone."""
+    asked = zero.get("stage", 0)
+    if asked not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage is {asked}; use 0, 1, 2 or 3")
+    if asked == 0 and stage.precision != "fp32":
+        raise ValueError(
+            f"{path}: zero_optimization.stage is 0 and {stage.name}'s precision is {stage.precision}; use 1, 2 or 3: "
+            "DeepSpeed sums bf16 gradients otherwise without ZeRO, and the losses would differ"
+        )
+    for key in zero:
+        if key.startswith("zero_quantized") or key == "offload_param":
+            why = "rounds what ranks exchange" if key != "offload_param" else "is not tested; use offload_optimizer"
+            raise ValueError(f"{path}: zero_optimization.{key} does not belong here, it {why}")
+    return int(asked)
+
+
 def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, Any]:
     """All that a rank needs to know, as the JSON of its job file."""
     checkpoints = job.work / "checkpoints"
     found = checkpoint.newest(checkpoints)
     if found and found.world_size != ranks:
-        raise ValueError(
-            f"train/{job.name}: {found.path} holds the optimizer state of {found.world_size} ranks, this run has "
-            f"{ranks}; set SOLO_RANKS={found.world_size}, or delete {checkpoints} to start the stage afresh"
-        )
+        log.info("%s was written by %d ranks, %d go on", found.path, found.world_size, ranks)
     plan = job.one("pack").path.resolve()
     return {
         "stage": job.spec["stage"],

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from solo import engine, fp8, groups, memory, sick, trained
+from solo import engine, fp8, groups, memory, sick, state, trained
 from solo.artifact import write_atomic
 from solo.flops import peak
 from solo.held_loss import HeldLoss
@@ -51,6 +51,7 @@ from solo.trained import ROW
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
+LEAVE_S = 10.0  # for a checkpoint that is being written when this rank fails
 STOPPED = 128 + signal.SIGTERM  # exit code of a rank that was told to stop and did so in good order
 
 
@@ -117,6 +118,13 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last step; False when told to stop before it (a checkpoint is then complete)."""
+        try:
+            return self._run()
+        except Exception:
+            self.saver.leave(LEAVE_S)
+            raise
+
+    def _run(self) -> bool:
         packs = self.packs()
         if self.stage.on_spike == "quarantine" and not self.step:
             self.save()  # else a spike before the first checkpoint had nowhere to go back to
@@ -133,7 +141,9 @@ class Trainer:
             if stopping or self.step % self.stage.checkpoint_every_steps == 0 < self.n_steps - self.step:
                 self.save()
             if stopping:
+                self.saver.drain()
                 return False
+        self.saver.drain()
         self._finish()
         return True
 
@@ -219,12 +229,14 @@ class Trainer:
             for pack in own:
                 losses = self.engine(pack)  # (n_supervised,)
                 self.engine.backward(sound(losses.sum()) * self._scale(len(losses)) * share)
+                if len(done) + 1 == self.stage.batch_packs // self.n_ranks:
+                    self.saver.release()  # the update comes next
                 step()
                 done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
         rows = [trained.row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
         self.rows += rows
-        own_sums = self.tally.of(rows, [pack for pack, _ in done], self._scale, stop=self.stop, stall_s=self.stall_s)
-        total = self._sum(own_sums)
+        waits = {"stall_s": self.stall_s, "save_s": self.saver.take_stall_s()}
+        total = self._sum(self.tally.of(rows, [pack for pack, _ in done], self._scale, stop=self.stop, **waits))
         return self.tally.sums(total, self.n_ranks), bool(total[STOP])
 
     def _next(self, packs: Iterator[Pack]) -> Pack:
@@ -271,12 +283,12 @@ class Trainer:
             | ({"peak_gib": round(torch.cuda.max_memory_allocated() / memory.GIB, 2)} if cuda else {})
         )
 
-    def save(self) -> bool:
-        """A checkpoint of this step; False where it could not be written."""
-        return self.saver.save(self.loader.plan.state(self.step), self.rows, self.health)
+    def save(self) -> None:
+        """Begin a checkpoint of this step."""
+        self.saver.save(self.loader.plan.state(self.step), self.rows, self.health)
 
     def _load(self, folder: Path, step: int, *, rewind: bool = False) -> None:
-        self.step, self.rows = step, self.saver.load(folder, step)
+        self.step, self.rows = step, self.saver.load(folder)
         self.health.load(folder, rewind=rewind)
         # max_damaged is that of the stage, whatever was resumed
         self.loader.n_left_out = sum(r["reason"] == trained.DAMAGED for row in self.rows for r in row["left_out"])
@@ -284,6 +296,7 @@ class Trainer:
     def _finish(self) -> None:
         """Rows of all ranks in pack order, then the weights; `checkpoint/` comes last and says that all is there."""
         pq.write_table(pa.Table.from_pylist(self.rows, ROW), self.work / f"rows-{self.rank:05d}.parquet")
+        weights = state.whole_weights(self.engine, self.engine.module.solo)
         dist.barrier()
         if self.rank == 0:
             parts = [pq.read_table(self.work / f"rows-{rank:05d}.parquet") for rank in range(self.n_ranks)]
@@ -293,7 +306,7 @@ class Trainer:
             self.health.write(self.out)
             folder = self.work / "checkpoint"
             shutil.rmtree(folder, ignore_errors=True)
-            self.engine.module.solo.save_pretrained(folder)
+            self.engine.module.solo.save_pretrained(folder, state_dict=weights)
             SoloProcessor.from_tokens(Tokens.model_validate(self.task["tokens"])).save_pretrained(folder)
             facts = {
                 "stage": self.stage.name,
