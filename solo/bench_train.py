@@ -40,7 +40,7 @@ from solo.spec import ModelSpec, Stage, Tokens
 
 Way = Literal["hugging_face", "solo"]
 WAYS: tuple[Way, ...] = get_args(Way)
-GOAL = {"mfu": 0.6, "ratio": 5.0, "input_stall_share": 0.005}
+GOAL = {"mfu": 0.6, "ratio": 5.0, "input_stall_share": 0.005, "checkpoint_stall_steps": 1.0}
 SLICE = {"hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -84,6 +84,7 @@ PROFILES = {
         ),
     )
 }
+AFTER = 2  # steps trained while the checkpoint is written; what they take longer is its stall too
 PACKS_A_STEP = 128  # of the recipe that `h100-7b-offload` stands for
 
 
@@ -122,7 +123,7 @@ def prepare(profile: Profile, folder: Path) -> None:
     tokens = Tokens.model_validate(TOKENS)
     mix = make_mix(folder / "mix", tokens, profile.n_packs, profile.pack_tokens)
     (folder / "mix.json").write_text(json.dumps(mix))
-    _repeat(folder / "mix", profile.steps * profile.batch_packs + profile.batch_packs)
+    _repeat(folder / "mix", (profile.steps + AFTER) * profile.batch_packs)
     numbers = {"seed": 1, "batch_packs": profile.batch_packs, "pack_tokens": profile.pack_tokens}
     manifest = {"digest": "0" * 64, "inputs": {}, "spec": numbers}
     (folder / "mix" / "manifest.json").write_text(json.dumps(manifest))
@@ -241,7 +242,8 @@ def _figures(profile: Profile, row: dict[str, Any], per_step: list[float]) -> di
     typical_s, update_s = statistics.median(step_s), statistics.median(row["update_s"][timed])
     whole_s = (typical_s - update_s) * PACKS_A_STEP / profile.batch_packs + update_s
     at_once = statistics.median(per_step) * PACKS_A_STEP / profile.batch_packs / whole_s
-    stall = row["checkpoint_s"]
+    saved = row["checkpoint"]
+    stall_s = saved and max(saved["with_steps_s"] - AFTER * typical_s, saved["waited_s"])
     return {
         "tokens_per_s": round(statistics.median(rates), 1),
         "lowest": round(rates[0], 1),
@@ -252,8 +254,8 @@ def _figures(profile: Profile, row: dict[str, Any], per_step: list[float]) -> di
         "update_s": round(update_s, 4),
         f"mfu_at_{PACKS_A_STEP}_packs": most and round(at_once / most, 4),
         "input_stall_share": round(sum(row["stall_s"][timed]) / sum(step_s), 5),
-        "checkpoint_stall_steps": stall and round(stall / typical_s, 2),
-        "checkpoint_s": stall and round(stall, 2),
+        "checkpoint_stall_steps": saved and round(stall_s / typical_s, 2),
+        "checkpoint_s": saved and round(saved["whole_s"], 2),
         "peak_gib": row["peak_gib"],
         "host_gib": row["host_gib"],
         "loss": [round(row["losses"][0], 5), round(row["losses"][-1], 5)],
@@ -284,7 +286,7 @@ def measure(profile: Profile, way: Way, folder: Path) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
     row["host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    row["checkpoint_s"] = _checkpoint_s(trainer) if way == "solo" and profile.checkpoint else None
+    row["checkpoint"] = _checkpoint(trainer, packs) if way == "solo" and profile.checkpoint else None
     row["planned"] = trainer.planned.gib() if trainer.planned and way == "solo" else None
     row["graphs"] = _graphs()
     row["machine"] = _machine()
@@ -313,10 +315,14 @@ def _clock_updates(engine: Any) -> list[float]:  # noqa: ANN401 - DeepSpeed is n
     return seconds
 
 
-def _checkpoint_s(trainer: Any) -> float:  # noqa: ANN401 - torch is not loaded here
+def _checkpoint(trainer: Any, packs: Any) -> dict[str, float]:  # noqa: ANN401 - torch is not loaded here
+    """Seconds of a checkpoint and the steps that are trained while it is written, and until it is complete."""
     began = time.perf_counter()
     trainer.save()
-    return time.perf_counter() - began
+    waited_s = sum(trainer.advance(packs)[0]["checkpoint_stall_s"] for _ in range(AFTER))
+    after = time.perf_counter()
+    trainer.saver.drain()
+    return {"with_steps_s": after - began, "waited_s": waited_s, "whole_s": time.perf_counter() - began}
 
 
 def _graphs() -> dict[str, int]:

@@ -19,9 +19,10 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from solo import groups, launch
+from solo import groups, launch, roll_call
 from solo.loader import Pack
 from solo.model import SoloForCausalLM
 from solo.spec import Stage
@@ -132,6 +133,8 @@ def set_rate(made: Any, step: int, stage: Stage, n_steps: int) -> None:  # noqa:
 def connect(device: str) -> None:
     """Join the other ranks; a collective that they do not all reach within $SOLO_TIMEOUT_S is an error."""
     limit = timedelta(seconds=launch.timeout_s())
+    # DeepSpeed trains in a group of its own, made without a limit: torch would give it 10 or 30 minutes.
+    vars(dist.distributed_c10d).update(default_pg_timeout=limit, default_pg_nccl_timeout=limit)
     if device == "cpu":
         _keep_memory()
         # DeepSpeed would build a shared-memory all-reduce with g++ here. That takes 25 s and a compiler, and a SIGKILL
@@ -150,11 +153,13 @@ def explained(error: Exception) -> str:
     line = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, RuntimeError):
         if "imed out" in line or "timeout" in line.lower():
-            return (
-                f"a collective was not reached by every rank within {launch.timeout_s():.0f} s, one is stuck ({line})"
-            )
+            absent = roll_call.absent(roll_call.PATIENCE_S["stuck"])
+            who = roll_call.named(absent) if absent else "one"
+            limit = f"a collective was not reached by every rank within {launch.timeout_s():.0f} s"
+            return f"{limit}, {who} {'are' if len(absent) > 1 else 'is'} stuck ({line})"
         if "onnection closed by peer" in line or "onnection reset by peer" in line:
-            return f"{GONE} ({line})"
+            absent = roll_call.absent(roll_call.PATIENCE_S["gone"])
+            return f"{GONE}{': ' + roll_call.named(absent) if absent else ''} ({line})"
     return line
 
 

@@ -107,14 +107,14 @@ def _follow(child: Ranks, watch: Watch, gang: Gang, out: IO[bytes]) -> int:
     def look() -> bool:
         gang.read(out)
         watch.read()
-        return child.poll() is None and not gang.failed
+        return child.poll() is None and not gang.failed and not watch.overdue
 
     try:
         while look():
             time.sleep(POLL_S)
         grace_s = SETTLE_S  # a checkpoint needs the ranks of every host
         _wait(lambda: look() or child.poll() is None or not gang.over, SETTLE_S)
-        return child.returncode or int(gang.failed)
+        return child.returncode or int(gang.failed or watch.overdue)
     finally:
         gang.stop()
         _stop(child, grace_s, lambda: gang.read(out))

@@ -380,7 +380,7 @@ def main(job_file: Path) -> int:
             emit({"event": "interrupted", "step": trainer.step})
         return STOPPED
     except Exception as error:  # whatever it is, the supervisor must learn this rank's reason
-        traceback.print_exc()
+        sys.stderr.write(f"rank {rank}:\n{traceback.format_exc()}")  # in one write, as others write too
         emit({"event": "failed", "host": os.environ.get("SOLO_HOST"), "rank": rank, "error": engine.explained(error)})
         return 1
 

@@ -19,6 +19,7 @@ from solo.artifact import Job, canonical, write_atomic
 Metrics = dict[str, Any]
 
 PROGRESS_S = 10.0
+LAST_WORDS_S = 5.0
 GONE = "another rank is gone"
 
 
@@ -33,6 +34,7 @@ class Watch:
         self.progress = job.progress
         self.n_steps = n_steps
         self.failure: str | None = None
+        self.failed_at = 0.0
         self.interrupted = False
         self.rank = "?"  # of which the launcher's summary tells
         self.said_at = time.monotonic()
@@ -71,11 +73,17 @@ class Watch:
             elif named := re.match(rb"\s*rank\s*:\s*(\d+) ", line):  # of the launcher's summary
                 self.rank = named[1].decode()
 
+    @property
+    def overdue(self) -> bool:
+        """Whether the launcher had its time to end after a rank failed; it waits 30 s for one that stands still."""
+        return self.failure is not None and time.monotonic() - self.failed_at > LAST_WORDS_S
+
     def _fail(self, row: dict[str, Any]) -> None:
         """Keep the first reason, but not one that is only the echo of another rank's end."""
         where = [f"{name} {row[name]}" for name in ("host", "rank") if row.get(name) is not None]
         reason = ": ".join(filter(None, (", ".join(where), row["error"])))
         if self.failure is None or (GONE in self.failure and GONE not in reason):
+            self.failed_at = self.failed_at or time.monotonic()
             self.failure = reason
 
     def _keep(self, last_step: int) -> None:

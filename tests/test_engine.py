@@ -63,7 +63,9 @@ def test_a_stuck_rank_ends_the_others_with_a_named_error() -> None:
     done = subprocess.run(
         [sys.executable, "-c", STUCK], env=env, capture_output=True, text=True, timeout=50, check=False
     )
-    assert "a collective was not reached by every rank within 2 s, one is stuck (" in done.stdout, done.stderr[-2000:]
+    assert "a collective was not reached by every rank within 2 s, rank 1 is stuck (" in done.stdout, done.stderr[
+        -2000:
+    ]
 
 
 def test_the_time_to_wait_is_whole_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,6 +333,27 @@ def test_a_failing_rank_names_its_error_and_the_log(
     assert not children_of(job)
 
 
+def test_a_rank_that_stands_still_ends_the_stage_with_its_name(
+    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLO_RANKS", "2")
+    monkeypatch.setenv("SOLO_TIMEOUT_S", "5")
+    job, stopped = make_job(tmp_path, inputs), []
+
+    def stop(row: dict) -> None:
+        """SIGSTOP the second rank, at the first step."""
+        ranks = [p for p in children_of(job) if p.environ().get("RANK") == "1"]
+        stopped.extend(p.suspend() for p in ranks[: 1 - len(stopped)])
+        began.append(time.monotonic())
+
+    began: list[float] = []
+    with pytest.raises(RuntimeError, match=r"rank 0: a collective .* within 5 s, rank 1 is stuck \(.*train\.log"):
+        artifact.make(job, lambda j: train.run(j, stop))
+    assert len(stopped) == 1 and time.monotonic() - began[0] < 60
+    assert "rank 0:\nTraceback" in (job.out / "train.log").read_text()
+    wait_until_gone(job)
+
+
 def test_tokens_that_were_not_trained_break_the_ledger(undisturbed: tuple[Job, Artifact, list], tmp_path: Path) -> None:
     job = make_job(tmp_path / "root", undisturbed[0].inputs)
     job.work.mkdir(parents=True)
