@@ -1,7 +1,8 @@
 """Images by name, in uncompressed tars, zips or folders.
 
 In: archives below a location, and the names that records use. Out: encoded bytes. Invariant: a name that is nowhere, or
-a damaged member, is a Rejected with a status, never a crash; nothing outside the named archives and folders is read.
+a damaged member, is a Rejected with a status, never a crash; nothing outside the named archives and folders is read,
+whatever a name or a link says; of members with one name the last counts, as where they are unpacked.
 Cost: one pass over each archive's headers (about 200 bytes of memory an image), then a seek and a read for each image.
 """
 
@@ -15,11 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from solo.sample import Rejected
-from solo.upstream import existing, tar_members
+from solo.upstream import MEMBER_BYTES, existing, is_bomb, tar_members
 
 log = logging.getLogger(__name__)
-
-MEMBER_BYTES = 256 << 20  # a larger image is a decompression bomb or a mistake
 
 Names = str | Sequence[str] | Mapping[str, str]
 
@@ -84,7 +83,8 @@ def _opened(path: Path, flat: bool) -> Callable[[str], bytes | None]:
         for _, member in tar_members(path):
             if member.isreg():
                 name = member.name.removeprefix("./")
-                index[_last(name) if flat else name] = (member.offset_data, member.size)
+                size = MEMBER_BYTES + 1 if is_bomb(member) else member.size
+                index[_last(name) if flat else name] = (member.offset_data, size)
     except tarfile.TarError as error:
         if not index:
             remedy = "give an uncompressed tar (gunzip it first), since members are read by index"

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from solo.sample import Rejected
-from solo.upstream import Record, json_lines, matching, printable
+from solo.upstream import MEMBER_BYTES, Record, json_lines, matching, printable
 
 BATCH_ROWS = 64  # pictures of a Hugging Face set are about a megabyte each
+BATCH_CHUNK_BYTES = 32 << 20  # so a batch never takes more than BATCH_ROWS times that, or one row
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -38,7 +39,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Record |
     try:
         with pq.ParquetFile(path) as file:
             _check(path, columns, file.schema_arrow.names)
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            for batch in _batches(file, columns):
                 for i in range(batch.num_rows):
                     n += 1
                     identity = f"{path.name}:{n}"
@@ -48,6 +49,16 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Record |
             raise ValueError(f"{path}: no Parquet file ({error}); fetch it again") from None
         identity = f"{path.name}:{n + 1}"
         yield identity, Rejected(identity, "bad_record", "the file is damaged from here on")
+
+
+def _batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of each row group: few rows where one value, which every row may repeat by its number, may be large."""
+    for group in range(file.num_row_groups):
+        meta = file.metadata.row_group(group)
+        chunks = [meta.column(i) for i in range(meta.num_columns)]
+        named = [c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] in columns]
+        n_rows = BATCH_ROWS * BATCH_CHUNK_BYTES // max([BATCH_CHUNK_BYTES, *named])
+        yield from file.iter_batches(max(n_rows, 1), row_groups=[group], columns=list(columns))
 
 
 def _row(batch: pa.RecordBatch, i: int, identity: str) -> Record | Rejected:
@@ -91,6 +102,8 @@ def cell_pictures(cell: object, identity: str) -> list[bytes] | Rejected:
             return Rejected(identity, "bad_record", f"the picture is {type(data).__name__}, not bytes")
         if not data:
             return Rejected(identity, "empty", "the picture has 0 bytes")
+        if len(data) > MEMBER_BYTES:
+            return Rejected(identity, "bad_record", f"the picture has {len(data)} bytes")
         found.append(data)
     return found or Rejected(identity, "missing_image", "the list of pictures is empty")
 

@@ -1,8 +1,9 @@
 """What adapters read: JSON records by line or in one array, and the records of webdataset tars.
 
-In: files as upstream published them. Out: records with an identity. Invariant: a damaged record or member is a Rejected
-with a status, never a crash; a missing file is a ValueError that names what its folder has. Cost: one pass; memory
-holds one line, one item of an array (and a megabyte around it) or one record of a tar.
+In: files as upstream published them. Out: records with an identity. Invariants: a damaged record or member, and one
+that would fill the memory, is a Rejected with a status, never a crash; a missing file is a ValueError that names what
+its folder has; archives are read in place, so no name in them is ever a path. Cost: one pass; memory holds one line,
+one item of an array (and a megabyte around it) or one record of a tar.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from solo.sample import BLOCK_BYTES, IMAGE, Message, Rejected, Sample, make_key,
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 CHUNK_BYTES = 1 << 20
-ITEM_BYTES = 64 << 20  # an array's item that is longer is damage: what follows cannot be told from it
+ITEM_BYTES = 64 << 20  # a longer line is a bomb; an array's longer item is damage: what follows cannot be told from it
+MEMBER_BYTES = 256 << 20  # a larger member of an archive is a bomb or a mistake
 BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 Record = dict[str, Any]
@@ -82,13 +84,26 @@ def json_lines(path: Path) -> Iterator[tuple[str, Record | Rejected]]:
     n = 0
     with _lines(path) as lines:
         try:
-            for n, line in enumerate(lines, start=1):
-                if line.strip():
-                    identity = f"{path.name}:{n}"
+            for n, line in enumerate(_bounded(lines), start=1):
+                identity = f"{path.name}:{n}"
+                if line is None:
+                    yield identity, Rejected(identity, "bad_record", f"a line of over {ITEM_BYTES} bytes")
+                elif line.strip():
                     yield identity, parse(line, identity)
         except (OSError, zipfile.BadZipFile, EOFError):
             identity = f"{path.name}:{n + 1}"
             yield identity, Rejected(identity, "bad_record", "the file is damaged from here on")
+
+
+def _bounded(lines: BinaryIO) -> Iterator[bytes | None]:
+    """Lines; None for one of over ITEM_BYTES, which is passed over in pieces."""
+    while line := lines.readline(ITEM_BYTES + 1):
+        if len(line) <= ITEM_BYTES:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = lines.readline(CHUNK_BYTES)
+        yield None
 
 
 @contextlib.contextmanager
@@ -167,31 +182,44 @@ def tar_records(path: Path, suffixes: Collection[str]) -> Iterator[tuple[str, di
     """Records of a webdataset tar: (stem, suffix -> bytes of the members wanted); what follows damage is one Rejected.
 
     A record is a run of members with one stem, up to the first dot of the name; its suffix is what follows the last.
+    Of members with one name the last counts, as where they are unpacked. Links, devices and names that begin with a
+    dot are no members, as in webdataset.
     """
     stem, members = "", dict[str, bytes]()
+    refused: Rejected | None = None
     damage = None
     try:
         for tar, member in tar_members(path):
             if member.isdir():
                 continue
             name, suffix, data = _stem(member), member.name.rpartition(".")[2].lower(), None
-            if member.isreg() and suffix in suffixes:
+            wanted = member.isreg() and suffix in suffixes
+            if wanted and not is_bomb(member):
                 file = tar.extractfile(member)
                 assert file is not None
                 data = file.read()
             if name != stem and stem:
-                yield stem, members
+                yield stem, refused or members
             if name != stem:
-                stem, members = name, {}
+                stem, members, refused = name, {}, None
             if data is not None:
                 members[suffix] = data
+            elif wanted:
+                refused = Rejected(
+                    f"{path.name}/{name}", "bad_record", f"its {suffix} is sparse or of {member.size} bytes"
+                )
     except (tarfile.TarError, OSError):
         place = f"{path.name} after {stem or 'its beginning'}"
         damage = Rejected(place, "bad_record", "the tar is damaged from here on")
     if stem:
-        yield stem, members
+        yield stem, refused or members
     if damage:
         yield stem, damage
+
+
+def is_bomb(member: tarfile.TarInfo) -> bool:
+    """Whether a member is too large, or says that it is mostly holes: a kilobyte then reads as a terabyte of zeros."""
+    return member.issparse() or member.size > MEMBER_BYTES
 
 
 def _stem(member: tarfile.TarInfo) -> str:
