@@ -14,10 +14,11 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.client.schemas.objects import State
 
 from flows.part import Made, build, through_flow
-from solo import progress
+from solo import curves, watch
 
 PROGRESS_S = 2.0
 PAGE_S = 15.0
+PAGE_SHARE = 0.03  # of the time, at most, goes into drawing: on a CPU the ranks wait for those cores
 
 
 class Live:
@@ -27,7 +28,7 @@ class Live:
         self.stage = stage
         self.rows: list[dict[str, Any]] = []
         self.bar: Any = None
-        self.bar_at = self.page_at = 0.0
+        self.bar_at = self.page_due = 0.0
 
     def __call__(self, metrics: dict[str, Any]) -> None:
         """Take one optimizer step's metrics."""
@@ -36,14 +37,15 @@ class Live:
         if now - self.bar_at >= PROGRESS_S or last:
             self.bar_at = now
             percent = 100.0 * metrics["step"] / metrics["n_steps"]
-            line = progress.metrics_line(metrics)
+            line = watch.line(metrics)
             if self.bar is None:
                 self.bar = create_progress_artifact(key=f"{self.stage}-progress", progress=percent, description=line)
             else:
                 update_progress_artifact(self.bar, progress=percent, description=line)
-        if now - self.page_at >= PAGE_S or last:
-            self.page_at = now
-            create_markdown_artifact(key=f"{self.stage}-loss", markdown=progress.loss_page(self.stage, self.rows))
+        if now >= self.page_due or last:
+            create_markdown_artifact(key=f"{self.stage}-loss", markdown=curves.page(self.stage, self.rows))
+            took = time.monotonic() - now
+            self.page_due = now + max(PAGE_S, took / PAGE_SHARE)
 
 
 @flow(name="train", flow_run_name="train-{node[name]}", log_prints=False)

@@ -65,6 +65,17 @@ class Panel:
     limit: float | None = None
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One small chart: named lines of (xs, ys); the legend may stand on another chart of the same names."""
+
+    title: str
+    series: Mapping[str, tuple[Any, Any]]
+    y: str
+    legend: bool = True
+    from_zero: bool = False
+
+
 def _styled(draw: Callable[P, bytes]) -> Callable[P, bytes]:
     """Draw under our style: matplotlib reads its settings at each call, so the whole drawing lies inside."""
 
@@ -158,20 +169,28 @@ def histograms(title: str, panels: Sequence[Panel], *, unit: str, n_columns: int
 
 
 @_styled
-def lines(title: str, series: Mapping[str, tuple[Any, Any]], *, x: str, y: str, height_in: float = 2.7) -> bytes:
-    """One line per series (xs, ys); long series are averaged down to what the width can show."""
-    figure, (axes,) = _figure(title, height_in=height_in)
-    for i, (name, points) in enumerate(series.items()):
-        xs, ys = (_thin(np.asarray(values, dtype=float)) for values in points)
-        marker = "o" if len(xs) < 3 else None
-        axes.plot(xs, ys, color=_color(i, name), linewidth=1.5, marker=marker, markersize=3, label=name)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.xaxis.set_major_formatter(lambda v, _: short(v))
-    axes.yaxis.set_major_formatter(lambda v, _: short(v))
-    axes.tick_params(axis="y", labelcolor=MUTED)
-    if series:
-        axes.legend(ncols=min(len(series), 4), loc="lower left", bbox_to_anchor=(-0.01, 1.0), handlelength=1.2)
+def curves(title: str, panels: Sequence[Curve], *, x: str, n_columns: int = 2) -> bytes:
+    """Small line charts side by side over one kind of x, legends inside."""
+    n_rows = -(-len(panels) // n_columns) or 1
+    figure, grid = _figure(title, height_in=0.5 + 1.75 * n_rows, n_rows=n_rows, n_columns=n_columns)
+    for i, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+        for k, (name, points) in enumerate(panel.series.items()):
+            xs, ys = (_thin(np.asarray(values, dtype=float)) for values in points)
+            marker = "o" if np.isfinite(ys).sum() < 8 else None
+            axes.plot(xs, ys, color=_color(k, name), linewidth=1.3, marker=marker, markersize=2.5, label=name)
+        axes.set_title(panel.title)
+        axes.set_ylabel(panel.y)
+        axes.xaxis.set_major_formatter(lambda v, _: short(v))
+        axes.yaxis.set_major_formatter(lambda v, _: short(v))
+        axes.tick_params(axis="y", labelcolor=MUTED)
+        if panel.from_zero:
+            axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
+        if panel.legend and len(panel.series) > 1:
+            axes.legend(fontsize=7, handlelength=1.0, labelspacing=0.25, loc="upper right")  # losses fall
+        if i >= len(panels) - n_columns:
+            axes.set_xlabel(x)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
     return _png(figure)
 
 

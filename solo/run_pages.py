@@ -8,19 +8,15 @@ forces. Cost: one JSON line per optimizer step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import pyarrow.parquet as pq
 
-from solo import gallery, realised, sick
+from solo import curves, gallery, realised, sick, trained
 from solo.artifact import Artifact
-from solo.charts import grouped, lines
+from solo.charts import grouped
 from solo.data_pages import Inputs, Row
-from solo.markdown import BAR, bar, escape, picture, table
-
-N_LINES = 8  # sources drawn one by one; the page's table has all
+from solo.markdown import BAR, Markup, bar, escape, picture, table
 
 
 def train_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
@@ -50,30 +46,39 @@ def train_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     yield "# Train: the stages"
     rows = list(train_rows(artifacts))
     yield table([{k: v for k, v in row.items() if k != "source"} for row in rows if row["source"] == "(all)"])
+    metrics = {a.manifest.name: _metrics(a) for a in artifacts}
+    if metrics := {name: steps for name, steps in metrics.items() if steps}:
+        yield picture(curves.picture_of(metrics), "loss, rates, speed and memory, step by step")
+    yield from _held_out(artifacts)
     yield from realised.blocks(artifacts, inputs)
     yield from _left_out(artifacts)
     yield from _sick(artifacts)
-    metrics = {a.manifest.name: _metrics(a) for a in artifacts}
-    starts = dict(zip(metrics, np.cumsum([0, *(len(m) for m in metrics.values())]), strict=False))
-    over = {name: [starts[name] + i + 1 for i in range(len(m))] for name, m in metrics.items()}
-    label = "optimizer step, all stages"
-
-    def drawn(field: str) -> dict[str, tuple[Any, Any]]:
-        return {
-            name: (over[name], [np.nan if row[field] is None else row[field] for row in m])
-            for name, m in metrics.items()
-            if m
-        }
-
-    if any(metrics.values()):
-        yield picture(lines("Loss by stage", drawn("loss"), x=label, y="nats per loss token"), "loss by stage")
-        chart = lines("Loss by source", _by_source(metrics, over), x=label, y="nats per loss token", height_in=3.0)
-        yield picture(chart, "loss by source")
-        yield picture(lines("Learning rate", drawn("lr"), x=label, y="per step", height_in=1.9), "learning rate")
-        yield picture(lines("Speed", drawn("tokens_per_s"), x=label, y="tokens per s", height_in=1.9), "speed")
     yield "## Tokens and last loss by source"
     names = ("stage", "source", "tokens", "loss tokens", "loss last")
     yield table([{k: row[k] for k in names} for row in rows if row["source"] != "(all)"])
+
+
+def _held_out(artifacts: Sequence[Artifact]) -> Iterator[str]:
+    """The loss on documents that no stage trains, before and after each stage; nothing where none is held out."""
+    found = []
+    for a in (a for a in artifacts if "held_out" in a.manifest.stats):
+        ends = [a.manifest.stats["held_out"][name] for name in trained.ENDS]
+        for kind in ("loss", "text", "image"):
+            if kind in ends[1]:
+                name = {"loss": "(all)", "text": "(text)", "image": "(with pictures)"}[kind]
+                found.append({"stage": a.manifest.name, "source": name} | _ends(end.get(kind) for end in ends))
+        for source in ends[1]["sources"]:
+            own = _ends(end["sources"].get(source) for end in ends)
+            found.append({"stage": a.manifest.name, "source": source} | own)
+    if found:
+        yield "## Held-out loss\n\nOf documents that no stage trains, in nats per loss token."
+        yield table(found)
+
+
+def _ends(losses: Iterable[float | None]) -> Row:
+    before, after = losses
+    moved = None if before is None or after is None else Markup(f"{after - before:+.3f}")
+    return {"before": before, "after": after, "change": moved}
 
 
 def _left_out(artifacts: Sequence[Artifact]) -> Iterator[str]:
@@ -176,22 +181,6 @@ def _bound(a: Artifact) -> Row:
 def _metrics(a: Artifact) -> list[Row]:
     path = a.path / "metrics.jsonl"
     return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-
-
-def _by_source(metrics: Mapping[str, Sequence[Row]], over: Mapping[str, Sequence[int]]) -> dict[str, tuple[Any, Any]]:
-    """Loss of each source at the steps that saw it, the sources with most steps first."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for name, rows in ((name, rows) for name, rows in metrics.items() if rows):
-        for xs, ys in found.values():  # no line from one stage to the next
-            xs.append(over[name][0])
-            ys.append(np.nan)
-        for step, row in zip(over[name], rows, strict=True):
-            for source, loss in row.get("sources", {}).items():
-                xs, ys = found.setdefault(source, ([], []))
-                xs.append(step)
-                ys.append(loss)
-    most = sorted(found, key=lambda source: (-len(found[source][0]), source))[:N_LINES]
-    return {source: found[source] for source in sorted(most)}
 
 
 def _summary(a: Artifact) -> Row:

@@ -23,7 +23,7 @@ import duckdb
 import psutil
 import pyarrow as pa
 
-from solo import artifact, raw, trained
+from solo import artifact, metrics, raw, trained
 from solo.artifact import Manifest
 from solo.curate import LOCK
 from solo.evaluate import ANSWERS
@@ -70,6 +70,7 @@ VIEWS = {
     "packs": View("pack", "packs.parquet", PACKS, "a row per pack: documents, tokens, source"),
     "plan": View("pack", "plan.parquet", PLAN, "a row per document in a pack: pack, slot, key, token range"),
     "trained": View("train", "trained.parquet", trained.ROW, "a row per pack trained: step, loss, tokens by source"),
+    "metrics": View("train", metrics.FILE, metrics.COLUMNS, "a row per step: losses, held out too, rate, speed"),
     "answers": View("evaluate", "answers.parquet", ANSWERS, "a row per question: prompt, response, right or wrong"),
     "scores": View("evaluate", "", SCORES, "a row per benchmark and category; category '' is all of it"),
 }

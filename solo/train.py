@@ -1,9 +1,10 @@
 """train: one stage on DeepSpeed, launched and watched as a process group of its own.
 
 In: a pack plan, the shards it names, the weights of the stage before. Out: `checkpoint/` (Hugging Face layout),
-`trained.parquet` (one row per pack), and, volatile, `metrics.jsonl` and `train.log`. Invariants: what was trained, with
-the documents left out as damaged, is the plan, pack by pack; a stage killed at any step and run again gives the bytes
-of an undisturbed run (same ranks, same kind of machine); no process outlives this one. No torch here: it costs two
+`trained.parquet` (one row per pack), and, volatile, `metrics.jsonl`, `metrics.parquet` and `train.log`. Invariants:
+what was trained, with the documents left out as damaged, is the plan, pack by pack; a stage killed at any step and run
+again gives the bytes of an undisturbed run (same ranks, same kind of machine); no process outlives this one. No torch
+here: it costs two
 seconds, and the ranks load it anyway.
 """
 
@@ -22,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, devices, fp8, hosts, launch, realised, sick, start, trained
+from solo import checkpoint, devices, fp8, hosts, launch, realised, sick, start, track, trained
+from solo import metrics as metrics_table
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.launch import Device, Interrupted
 from solo.plan import Plan
@@ -86,8 +88,9 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     fp8.check_machine(stage, n_gpus)
     if not (job.out / "checkpoint").is_dir():  # made last: where it is, only the manifest is missing
         task = _task(job, stage, device=device, ranks=ranks)
-        watch = Watch(job, n_steps, on_metric, first_step=task["first_step"])
-        _train(job, task, watch, ranks=ranks, device=device)
+        with track.follow(job, on_metric) as tell:
+            watch = Watch(job, n_steps, tell, first_step=task["first_step"])
+            _train(job, task, watch, ranks=ranks, device=device)
     return _result(job, plan, n_steps=n_steps, ranks=ranks)
 
 
@@ -232,6 +235,7 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
     realised.check(f"train/{job.name}", job.out / "trained.parquet", job.one("pack").path / "plan.parquet")
     left_out = trained.left_out(table)
     metrics = [json.loads(line) for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
+    metrics_table.write(job.out, metrics)
     losses, events = [m["loss"] for m in metrics if m["loss"] is not None], sick.read(job.out)
     facts = json.loads((job.out / "checkpoint" / "solo.json").read_bytes())
     stats: dict[str, Any] = {
@@ -252,4 +256,4 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
         "sources": trained.by_source(table, metrics),
     } | trained.held_out(metrics)
     n_in, n_out = job.one("pack").manifest.counts["kept"], left_out["documents"]
-    return Result(n_in, n_in - n_out, trained.dropped(table), stats, volatile=("metrics.jsonl", "train.log"))
+    return Result(n_in, n_in - n_out, trained.dropped(table), stats, volatile=("metrics.*", "train.log"))

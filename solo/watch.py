@@ -102,11 +102,25 @@ class Watch:
         now = time.monotonic()
         if now - self.said_at >= PROGRESS_S or row["step"] == self.n_steps:
             self.said_at = now
-            loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-            self.progress(
-                f"step {row['step']}/{row['n_steps']} loss {loss} lr {row['lr']:.2e} "
-                f"{row['tokens_per_s']:,.0f} tokens/s, {row['eta_s']:.0f} s left"
-            )
+            self.progress(line(row))
+
+
+def line(m: Metrics) -> str:
+    """`step 12/40, loss 3.210, 5,120 tokens/s, 41.2 % MFU, lr 1.0e-03, 31 s left`."""
+    loss = "not finite" if m["loss"] is None else f"{m['loss']:.3f}"
+    used = f"{100 * m['mfu']:.1f} % MFU, " if m.get("mfu") else ""
+    return (
+        f"step {m['step']:,}/{m['n_steps']:,}, loss {loss}, {m['tokens_per_s']:,.0f} tokens/s, "
+        f"{used}lr {m['lr']:.1e}, {duration(m['eta_s'])} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`31 s`, `12 min` or `3 h 05 min`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _parse(line: bytes) -> dict[str, Any]:
