@@ -3,8 +3,8 @@
 In: a profile (a model's shape, a pack's length, packs a step). Out: one dict. Both ways run one after the other, each
 in a process of its own so that neither inherits the other's memory: (a) MistralForCausalLM with sdpa, documents told
 by position ids, gradient checkpointing; (b) SOLO. Packs (`bench_mix`, 54 % of tokens are patches), loader, weights,
-optimizer, engine, schedule and log are the same, so the losses must be too. Cost: toy, 30 s on a CPU; not run yet on a
-GPU: h100-slice should take 6 minutes of one H100, h100-7b-offload 10, without (a).
+optimizer, engine, schedule and log are the same, so the losses must be too. Cost: toy, a minute on a CPU; not
+run yet on a GPU: h100-slice should take 6 minutes of one H100, h100-7b-offload 10, without (a).
 
 Away from a checkout's environment (say torch 2.11, transformers 5.17, Python 3.12) it needs the packages that
 infra/README.md lists, and `python -m solo.bench_train PROFILE` instead of the `solo` command.
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,6 +43,7 @@ WAYS: tuple[Way, ...] = get_args(Way)
 GOAL = {"mfu": 0.6, "ratio": 5.0, "input_stall_share": 0.005, "checkpoint_stall_steps": 1.0}
 SLICE = {"hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"num_hidden_layers": 2}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Profile:
 PROFILES = {
     p.name: p
     for p in (
-        Profile("toy", SMALL | {"num_hidden_layers": 2}, 1024, 2, 3, 1, 2, "fp32", "cpu.json"),
+        Profile("toy", SMALL, 1024, 2, 20, 3, 2, "fp32", "cpu.json"),
         Profile("h100-slice", SLICE | {"num_hidden_layers": 8}, 32_768, 4, 20, 3, 8, "bf16", "zero1.json"),
         # 20 steps of 128 packs are two hours: 8 packs a step are timed, and a step of 128 is computed from the times
         # of a pack and of an update. No checkpoint: it would be 100 GB. Not (a), which takes five times as long.
@@ -85,23 +86,25 @@ PROFILES = {
     )
 }
 AFTER = 2  # steps trained while the checkpoint is written; what they take longer is its stall too
+TOY = "-toy"
 PACKS_A_STEP = 128  # of the recipe that `h100-7b-offload` stands for
 
 
-def run(profile: str = "toy", *, log: Path | None = None) -> dict[str, Any]:
-    """Every way of a profile, and how they compare; the ranks' log goes to `log`."""
-    chosen = find(profile)
+def run(profile: str = "toy", *, log: Path | None = None, toy: bool = False) -> dict[str, Any]:
+    """Every way of a profile, and how they compare; the ranks' log goes to `log`, `toy` is for a CPU."""
+    name = profile + TOY if toy and not profile.endswith("toy") else profile
+    chosen = find(name)
     device = "cpu" if chosen.precision == "fp32" else "cuda"
     if device == "cuda":
         if not len(devices.names()):
-            raise ValueError(f"bench train: profile {profile} needs a GPU, none is visible; use --profile toy")
+            raise ValueError(f"bench train: profile {profile} needs a GPU, none is visible; add --toy")
         train.check_compiler()
-    with tempfile.TemporaryDirectory(prefix="solo-bench-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="solo-bench-") as made:
+        folder = Path(made)
         prepare(chosen, folder)
         out = log or folder / "train.log"
         for way in chosen.ways:
-            command = [sys.executable, "-m", "solo.bench_train", profile, way, str(folder)]
+            command = [sys.executable, "-m", "solo.bench_train", name, way, str(folder)]
             env = launch.environment(1, device) | {"SOLO_SUPERVISED": ""}  # type: ignore[arg-type]
             with out.open("ab") as file:
                 code = subprocess.run(command, stdout=file, stderr=file, env=env, check=False).returncode
@@ -112,10 +115,15 @@ def run(profile: str = "toy", *, log: Path | None = None) -> dict[str, Any]:
 
 
 def find(profile: str) -> Profile:
-    """A profile by its name."""
-    if profile not in PROFILES:
+    """A profile by its name; with `-toy` at its end, its way of running at a size for a CPU, in 20 equal steps."""
+    chosen = PROFILES.get(profile) or PROFILES.get(profile.removesuffix(TOY))
+    if chosen is None:
         raise ValueError(f"profile is {profile!r}; choose one of {', '.join(PROFILES)}")
-    return PROFILES[profile]
+    if profile in PROFILES:
+        return chosen
+    size = {name: getattr(PROFILES["toy"], name) for name in ("shape", "pack_tokens", "steps", "warm", "n_packs")}
+    size |= {"name": profile, "batch_packs": 4, "precision": "fp32", "ways": WAYS, "checkpoint": True}
+    return replace(chosen, **size)
 
 
 def prepare(profile: Profile, folder: Path) -> None:

@@ -37,13 +37,14 @@ def bench_pack(as_json: Json = False) -> None:
 @app.command("train")
 def bench_train(
     profile: Annotated[str, typer.Option(help="toy, h100-slice or h100-7b-offload.")] = "toy",
+    toy: Annotated[bool, typer.Option("--toy", help="The profile's way at a size for a CPU, in 20 steps.")] = False,
     log: Annotated[Path | None, typer.Option(help="Where the trainers' own lines go.")] = None,
     as_json: Json = False,
 ) -> None:
     """Tokens per second and MFU of the trainer, against Hugging Face's model in the same trainer."""
     from solo import bench_train as measured
 
-    _figures(measured.run(profile, log=log), as_json)
+    _figures(measured.run(profile, log=log, toy=toy), as_json)
 
 
 @app.command("filter")

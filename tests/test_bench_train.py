@@ -52,6 +52,8 @@ def test_mfu_counts_as_the_anchor_did() -> None:
 def test_an_unknown_profile_and_a_missing_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="profile is 'tyo'; choose one of toy, h100-slice, h100-7b-offload"):
         bench_train.run("tyo")
+    small = bench_train.find("h100-7b-offload-toy")
+    assert (small.deepspeed, small.precision, small.steps, small.ways) == ("offload.json", "fp32", 20, WAYS)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(ValueError, match="h100-slice needs a GPU, none is visible; use --profile toy"):
+    with pytest.raises(ValueError, match="h100-slice needs a GPU, none is visible; add --toy"):
         bench_train.run("h100-slice")

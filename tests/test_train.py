@@ -151,7 +151,11 @@ def test_a_stage_trains_every_token_of_its_plan(undisturbed: tuple[Job, Artifact
     assert 0 < stats["loss_last"] == told[-1]["loss"] < 4
     assert [m["step"] for m in told] == list(range(1, N_STEPS + 1)) == [m["step"] for m in metrics(job)]
     assert {"lr", "grad_norm", "tokens_per_s", "input_stall_s", "step_s", "eta_s"} <= told[0].keys()
-    assert set(told[0]["sources"]) == {"caption", "prose"}
+    assert set(told[0]["sources"]) == {"caption", "prose"} and set(told[0]["modalities"]) == {"image", "text"}
+    table = pq.read_table(done.path / "metrics.parquet").to_pylist()
+    assert [(r["step"], r["loss"], dict(r["sources"])) for r in table] == [
+        (m["step"], m["loss"], m["sources"]) for m in told
+    ]
     rows = pq.read_table(done.path / "trained.parquet").to_pylist()
     assert [(r["pack"], r["step"]) for r in rows] == [(i, i // 4 + 1) for i in range(4 * N_STEPS)]
     assert rows[1]["loss"] is None and rows[1]["n_loss_tokens"] == 0 < rows[1]["n_tokens"]  # the pack without target
