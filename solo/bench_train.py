@@ -66,7 +66,7 @@ class Profile:
 PROFILES = {
     p.name: p
     for p in (
-        Profile("toy", SMALL, 1024, 2, 20, 3, 2, "fp32", "cpu.json"),
+        Profile("toy", SMALL, 1024, 2, 20, 1, 2, "fp32", "cpu.json"),
         Profile("h100-slice", SLICE | {"num_hidden_layers": 8}, 32_768, 4, 20, 3, 8, "bf16", "zero1.json"),
         # 20 steps of 128 packs are two hours: 8 packs a step are timed, and a step of 128 is computed from the times
         # of a pack and of an update. No checkpoint: it would be 100 GB. Not (a), which takes five times as long.
