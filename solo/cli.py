@@ -217,15 +217,27 @@ def sources(
 
 
 @app.command()
-def check(source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/.")]) -> None:
+def check(
+    source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/.")], as_json: Json = False
+) -> None:
     """Probe a copy of a source: the first mismatch by file and field, and what to do about it."""
     from solo import sources as known
 
     settings = Settings.from_env()
     found = known.check(load(SourceSpec, source, settings.specs), settings.specs, settings.root)
+    if as_json:
+        first = {status: {"record": item.identity, "error": item.error} for status, item in found.first.items()}
+        typer.echo(
+            json.dumps(
+                {"source": source, "good": found.good, "odd": found.statuses, "first": first, "missing": found.missing}
+            )
+        )
+        return
     typer.echo(f"{source}: {found.good} of the first {found.good + found.statuses.total()} records are as expected")
     for status, item in found.first.items():
         typer.echo(f"  {status} {found.statuses[status]}, the first is {item.identity}: {item.error}")
+    for text in found.missing:
+        typer.echo(f"  {text}")
 
 
 @app.command()

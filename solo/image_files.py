@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from solo.sample import Rejected
-from solo.upstream import MEMBER_BYTES, existing, is_bomb, tar_members
+from solo.upstream import MEMBER_BYTES, existing, globbed, is_bomb, tar_members
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,7 @@ class Pictures:
             names = [names]
         pairs = names.items() if isinstance(names, Mapping) else [("", name) for name in names]
         for prefix, name in pairs:
-            paths = sorted(location.glob(name)) if "*" in name else [existing(location, name)]
-            if not paths:
-                have = sorted(p.name for p in location.iterdir()) if location.is_dir() else "no such folder"
-                raise ValueError(f"{location}: nothing matches {name!r}; it has {have}")
+            paths = globbed(location, name) if "*" in name else [existing(location, name)]
             self.sources += [(prefix, _opened(path, flat)) for path in paths]
 
     def read(self, name: object, identity: str) -> bytes | Rejected:
@@ -66,6 +63,19 @@ class Pictures:
         return None
 
 
+def first_name(location: Path, names: Names) -> str:
+    """What the first of the archives or folders begins with, in words."""
+    wanted = [names] if isinstance(names, str) else list(names.values() if isinstance(names, Mapping) else names)
+    path = globbed(location, wanted[0])[0]
+    if path.is_dir():
+        name = next((p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()), "nothing")
+    elif path.suffix == ".zip":
+        name = next((i.filename for i in zipfile.ZipFile(path).infolist() if not i.is_dir()), "nothing")
+    else:
+        name = next((member.name for _, member in tar_members(path) if member.isreg()), "nothing")
+    return f"{path.name} begins with {name}"
+
+
 def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
@@ -75,7 +85,10 @@ def _opened(path: Path, flat: bool) -> Callable[[str], bytes | None]:
         root = path.resolve()
         return lambda name: _below(root, name)
     if path.suffix == ".zip":
-        archive = zipfile.ZipFile(path)
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path}: {error}; fetch it again") from None
         members = {_last(i.filename) if flat else i.filename: i for i in archive.infolist() if not i.is_dir()}
         return lambda name: _zipped(archive, members.get(name))
     index: dict[str, tuple[int, int]] = {}

@@ -2,29 +2,35 @@
 
 In: source specs, the manifests of a data root, a copy at `acquire.location` or in the data root. Out: rows, sentences.
 Invariant: a probe reads the first records only, and fetches and writes nothing: where there is no copy yet, it asks
-whether what the spec names is published. Cost: YAML and manifests; for a probe what its adapter needs to begin (the
-index of an image archive) and PROBED records, or a listing.
+whether what the spec names is published. Cost: YAML and manifests; for a probe how each file begins and ends, what its
+adapter needs to begin (the index of an image archive) and PROBED records, or a listing.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from solo import artifact, copies, published, tables
+from solo import artifact, copies, image_files, published, tables, url_rows
 from solo.estimate import published_bytes
 from solo.estimate_text import size
 from solo.location import UNPINNED, Asked, asked
+from solo.mistaken import cut_short, mistaken
 from solo.plugin import resolve
 from solo.sample import Rejected, Sample
 from solo.spec import SourceSpec, load
 
 PROBED = 50
-LOOKED_AT = 200_000  # records of another part of a mixture, before one of this source
+LOOKED_AT = 200_000  # records of another part of a mixture, before one of this source; or files
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+OF = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
+WHOLE = {".tar", ".zip", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", ".zst", ".bz2", ".lz4"}
 HEADING = ("source", "licence", "revision", "size", "expected", "acquired", "kept", "tokens expected", "tokens")
 
 
@@ -111,6 +117,7 @@ class Probe:
     good: int
     statuses: Counter[str]
     first: dict[str, Rejected]  # status -> the first record with it
+    missing: list[str]  # numbered files that are not there, in words
 
 
 def check(spec: SourceSpec, specs: Path, root: Path) -> Probe:
@@ -123,6 +130,7 @@ def check(spec: SourceSpec, specs: Path, root: Path) -> Probe:
         raise ValueError(f"{spec.name}: {location} does not exist; {remedy(spec)}")
     good, statuses, first = 0, Counter[str](), dict[str, Rejected]()
     try:
+        _refuse_damaged(location)
         for n, item in enumerate(_records(spec, location)):
             if isinstance(item, Rejected):
                 statuses[item.status] += 1
@@ -135,9 +143,52 @@ def check(spec: SourceSpec, specs: Path, root: Path) -> Probe:
         raise ValueError(f"{spec.name}: {error}; {remedy(spec)}") from None
     if not good:
         odd = next((item for status, item in first.items() if status != "excluded_set"), None)
-        what = f"{odd.identity}: {odd.error}" if odd else f"no record among {statuses.total()} is of this source"
+        what = _told(spec, location, odd) if odd else f"no record among {statuses.total()} is of this source"
         raise ValueError(f"{spec.name}: {what}, and so for all of the first {statuses.total()} records; {remedy(spec)}")
-    return Probe(good, statuses, first)
+    return Probe(good, statuses, first, _missing(spec, location))
+
+
+def _missing(spec: SourceSpec, location: Path) -> list[str]:
+    """Which files of a numbered series are not there, where one of it is: a download that was broken off."""
+    have = {path.name for path in islice(location.rglob("*"), LOOKED_AT)}
+    series = dict[str, list[str]]()
+    for file in spec.upstream.files if spec.upstream else ():
+        name = file.rpartition("/")[2]
+        if numbers := RANGE.search(name):
+            low, high = numbers.groups()
+            names = [name.replace(numbers[0], f"{i:0{len(low)}}") for i in range(int(low), int(high) + 1)]
+            series[name] = [n for n in names if not {n, n.removesuffix(".gz")} & have]
+            if len(series[name]) == len(names):
+                del series[name]
+    for prefix, total in sorted({(m[1], m[3]) for name in have if (m := OF.match(name))}):
+        there = {m[2] for name in have if (m := OF.match(name)) and (m[1], m[3]) == (prefix, total)}
+        numbered = (f"{i:05}" for i in range(int(total)))
+        series[f"{prefix}-*-of-{total}"] = [f"{prefix}-{i}-of-{total}" for i in numbered if i not in there]
+    return [
+        f"{name}: {len(gone):,} files are not there, the first is {gone[0]}" for name, gone in series.items() if gone
+    ]
+
+
+def _refuse_damaged(location: Path) -> None:
+    """ValueError for the first file of a copy that cannot be what its name says, or not all of it."""
+    paths = [location] if location.is_file() else islice(location.rglob("*"), LOOKED_AT)
+    for path in sorted(path for path in paths if path.suffix in WHOLE and path.is_file()):
+        if what := mistaken(path) or cut_short(path):
+            raise ValueError(f"{path}: {what}")
+
+
+def _told(spec: SourceSpec, location: Path, odd: Rejected) -> str:
+    """An odd record with the file it is from, and for a picture that is nowhere the name of one that is somewhere."""
+    args = spec.acquire.args
+    file = next((str(args[name]) for name in ("records", "shards", "mapping") if name in args), "")
+    where = odd.identity if "." in odd.identity or not file else f"{file}, record {odd.identity}"
+    if odd.status != "missing_image" or "images" not in args or not args["images"]:
+        return f"{where}: {odd.error}"
+    try:
+        held = image_files.first_name(location, args["images"])  # type: ignore[arg-type]
+    except (ValueError, OSError):
+        return f"{where}: {odd.error}"
+    return f"{where}: image: {odd.error} ({held}; correct acquire.args.images to fit)"
 
 
 def absent(want: Asked) -> str:
@@ -157,10 +208,10 @@ def _records(spec: SourceSpec, location: Path) -> Iterator[Sample | Rejected | o
     signature = inspect.signature(read)
     if "job" in signature.parameters:  # a URL list: its rows are looked at, nothing is fetched
         columns = [str(args["url_column"]), str(args["caption_column"])]
-        patterns = ["*.parquet", "*.csv", "*.tsv", "*.jsonl"]
-        for place, row in tables.rows(location, patterns, columns):
-            missing = [c for c in columns if not isinstance(row, Rejected) and not isinstance(row.get(c), str)]
-            yield Rejected(place, "bad_record", f"{missing[0]} is no text") if missing else row
+        for path in url_rows.list_files(location):
+            for place, row in tables.rows(path, [], columns):
+                missing = [c for c in columns if not isinstance(row, Rejected) and not isinstance(row.get(c), str)]
+                yield Rejected(place, "bad_record", f"{missing[0]} is no text") if missing else row
         return
     try:
         signature.bind(location, source=spec.name, **args)

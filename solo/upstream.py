@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from solo.mistaken import mistaken
 from solo.sample import BLOCK_BYTES, IMAGE, Message, Rejected, Sample, make_key, text
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -36,20 +37,49 @@ def existing(location: Path, name: str) -> Path:
     """`location/name`, or ValueError with what the folder has."""
     path = location / name
     if not path.exists():
-        have = sorted(p.name for p in location.iterdir()) if location.is_dir() else "no such folder"
-        raise ValueError(f"{path}: no such file; {location} has {have}")
+        raise ValueError(f"{path}: no such file; {_have(location, name)}")
+    _refuse_mistaken([path])
     return path
+
+
+def _have(location: Path, wanted: str) -> str:
+    """What a folder has in place of what is wanted, and whether that lies a folder further down."""
+    if not location.is_dir():
+        return f"{location} is no folder"
+    if deeper := next((p for d in (f"*/{wanted}", f"*/*/{wanted}") for p in sorted(location.glob(d))), None):
+        place = deeper.relative_to(location).as_posix()
+        return f"it lies further down, at {place}: put that folder's files in {location} or correct acquire.location"
+    names = sorted(p.name for p in location.iterdir())
+    shown = f"{names[:20]} and {len(names) - 20:,} more" if len(names) > 20 else names
+    return f"{location} has {shown}"
+
+
+def _refuse_mistaken(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_file() and (what := mistaken(path)):
+            raise ValueError(f"{path}: {what}")
 
 
 def matching(location: Path, patterns: Sequence[str]) -> list[Path]:
     """Files below `location` that match a pattern, in order of their relative path; a file stands for itself."""
     if location.is_file():
+        _refuse_mistaken([location])
         return [location]
     found = {p for pattern in patterns for p in location.rglob(pattern) if p.is_file()}
     if not found:
-        have = sorted(p.name for p in location.iterdir()) if location.is_dir() else "no such folder"
-        raise ValueError(f"{location}: no file matches {list(patterns)}; it has {have}")
-    return sorted(found, key=lambda p: p.relative_to(location).as_posix())
+        raise ValueError(f"{location}: no file matches {list(patterns)}; {_have(location, patterns[0])}")
+    paths = sorted(found, key=lambda p: p.relative_to(location).as_posix())
+    _refuse_mistaken(paths)
+    return paths
+
+
+def globbed(location: Path, pattern: str) -> list[Path]:
+    """Files and folders that match the pattern from `location` itself, in order."""
+    found = sorted(location.glob(pattern))
+    if not found:
+        raise ValueError(f"{location}: nothing matches {pattern!r}; {_have(location, pattern)}")
+    _refuse_mistaken(found)
+    return found
 
 
 def printable(name: str) -> str:

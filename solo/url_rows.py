@@ -1,9 +1,9 @@
 """A URL list as a table: every row numbered, keyed and judged, and the rows worth fetching in key order.
 
-In: .parquet, .csv or .jsonl, or a folder of one of them. Out: `rows.parquet` (all rows), `list.parquet` (each URL and
-caption once, by key, one row group per img2dataset shard) and `requests/` (the same for img2dataset, in files of
-FILE_SHARDS shards, as it reads a file whole). Invariant: a row is in the list or in NOT_FETCHED.
-Cost: one pass in batches, then a DuckDB sort; memory holds one file of requests.
+In: .parquet, .csv or .jsonl, or a folder with files of one of them, at any depth. Out: `rows.parquet` (all rows),
+`list.parquet` (each URL and caption once, by key, one row group per img2dataset shard) and `requests/` (the same for
+img2dataset, in files of FILE_SHARDS shards, as it reads a file whole). Invariant: a row is in the list or in
+NOT_FETCHED. Cost: one pass in batches, then a DuckDB sort; memory holds one file of requests.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pyarrow import csv
 from solo.isolated.rules import Rules
 from solo.raw import regroup
 from solo.sample import make_key
+from solo.upstream import matching
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
 TEXTS = ("key", "url", "caption", "extra", "expected", "fault")
@@ -88,14 +89,18 @@ def write_rows(urls: UrlList, path: Path) -> None:
             out.write_table(pa.Table.from_pylist(listed, SCHEMA))
 
 
+def list_files(location: Path) -> list[Path]:
+    """Files of the list, all of one format, in order of their relative path; what else lies there is not looked at."""
+    paths = [path for path in matching(location, [f"*{suffix}" for suffix in FORMATS]) if path.suffix in FORMATS]
+    if len({path.suffix for path in paths}) != 1:
+        have = sorted({path.name for path in paths}) if paths else location.name
+        raise ValueError(f"{location}: give files of one of {sorted(FORMATS)}; it has {have}")
+    return paths
+
+
 def _open_list(urls: UrlList) -> ds.Dataset:
-    paths = [urls.location] if urls.location.is_file() else sorted(urls.location.iterdir())
-    paths = [path for path in paths if path.suffix in FORMATS]
-    formats = {FORMATS[path.suffix] for path in paths}
-    if len(formats) != 1:
-        have = sorted(p.name for p in urls.location.iterdir()) if urls.location.is_dir() else urls.location.name
-        raise ValueError(f"{urls.location}: give files of one of {sorted(FORMATS)}; it has {have}")
-    kind: Any = formats.pop()
+    paths = list_files(urls.location)
+    kind: Any = FORMATS[paths[0].suffix]
     if kind == "csv":  # a column of numbers is still a column of texts
         convert = csv.ConvertOptions(column_types=dict.fromkeys(urls.columns, pa.string()), check_utf8=False)
         kind = ds.CsvFileFormat(csv.ParseOptions(newlines_in_values=True), convert_options=convert)
