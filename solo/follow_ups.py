@@ -1,17 +1,19 @@
 """Follow-ups: a second file of conversations about images that another file has introduced, as ALLaVA publishes them.
 
-In: a JSON array of {"image", "conversations"}. Out: the turns about one image. Invariant: the first conversation about
-an image counts. Cost: one pass to index, about 200 bytes of memory an image, then a seek and a read for each.
+In: a JSON array of {"image", "conversations"}. Out: the turns about one image, and in the end the records about images
+that nobody asked for. Invariant: the first conversation about an image counts. Cost: one pass to index, about 200 bytes
+of memory an image, then a seek and a read for each.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from solo.sample import Rejected
-from solo.upstream import array_items, parse
+from solo.upstream import Record, array_items, parse
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +24,9 @@ class FollowUps:
     """Conversations by image, read from where they lie in their file."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("rb")
+        self.path, self.file = path, path.open("rb")
         self.places: dict[str, tuple[int, int]] = {}
+        self.asked: set[int] = set()  # by where they lie
         n_odd = 0
         for offset, raw in array_items(path):
             if not raw:
@@ -41,6 +44,7 @@ class FollowUps:
         offset, length = self.places.get(image, (0, 0)) if isinstance(image, str) else (0, 0)
         if not length:
             return []
+        self.asked.add(offset)
         self.file.seek(offset)
         turns = json.loads(self.file.read(length)).get("conversations")
         if not isinstance(turns, list):
@@ -51,3 +55,14 @@ class FollowUps:
             else turn
             for turn in turns
         ]
+
+    def left(self) -> set[int]:
+        """Where conversations lie about whose image nobody has asked."""
+        return {offset for offset, _ in self.places.values()} - self.asked
+
+    def alone(self) -> Iterator[tuple[str, Record | Rejected]]:
+        """Those conversations as (`file[i]`, record), in order: nobody has shown their image, their mark stays."""
+        left = self.left()
+        for i, (offset, raw) in enumerate(array_items(self.path)):
+            if offset in left:
+                yield f"{self.path.name}[{i}]", parse(raw, self.path.name)

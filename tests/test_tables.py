@@ -146,6 +146,26 @@ def test_follow_ups_go_on_about_their_image_only(tmp_path: Path) -> None:
     assert sum(i["type"] == "image" for m in items[0].messages for i in m["content"]) == 1  # type: ignore[union-attr]
 
 
+def test_follow_ups_about_other_images_are_left_out_or_records_of_their_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write.zipped(tmp_path / "images.zip", {f"{i}.jpg": write.picture(i) for i in (1, 2)})
+    first = [{"image": "1.jpg", "conversations": write.talk("<image>\nDescribe.", "A 1.")}]
+    more = [
+        {"image": f"{i}.jpg", "conversations": write.talk("<image>\nWhy?", a)}
+        for i, a in ((1, "First."), (2, "Second."), (2, "Third."), (3, "Nowhere."))
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(first))
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    assert statuses(llava.read(tmp_path, source="s", follow_ups="more.json")) == ["ok"]
+    assert "more.json: 2 records are about images not in chat.json" in caplog.text
+    caplog.clear()
+    items = list(llava.read(tmp_path, source="s", follow_ups="more.json", follow_ups_alone=True))
+    assert statuses(items) == ["ok", "ok", "missing_image"] and not caplog.text
+    turns = [m["content"] for m in items[1].messages]  # type: ignore[union-attr]
+    assert turns == [[{"type": "image"}, {"type": "text", "text": "\nWhy?"}], [{"type": "text", "text": "Second."}]]
+
+
 def test_a_wrong_argument_of_a_url_list_with_questions_is_the_specs_fault(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"s: acquire\.args: .*'url_column'.* as for url_list\.download"):
         list(url_questions.download(tmp_path, source="s", job=None, question="What?", url="x"))  # type: ignore[arg-type]

@@ -3,11 +3,13 @@
 Sample: human is user, gpt is assistant; the turn with `<image>` is split there into text, image, text (the newline
 beside the mark stays), as the authors' converter does. Key: the record's content, since ids repeat across such sets.
 `follow_ups` is a second such file (ALLaVA's instructions): its turns go on the conversation about the same image, and a
-record without one stays as it is. `image_prefix` keeps one part of a mixture, the rest is `excluded_set`.
+record without one stays as it is; with `follow_ups_alone` those about other images are records of their own, last.
+`image_prefix` keeps one part of a mixture, the rest is `excluded_set`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from solo.follow_ups import FollowUps
 from solo.image_files import Names, Pictures
 from solo.sample import IMAGE, Item, Message, Rejected, Sample, make_key, text
 from solo.upstream import Record, canonical, existing, json_array
+
+log = logging.getLogger(__name__)
 
 ROLES = {"human": "user", "gpt": "assistant"}
 MARK = "<image>"
@@ -29,6 +33,7 @@ def read(  # noqa: PLR0913 - one argument for each field of the spec
     flat: bool = False,
     image_prefix: str = "",
     follow_ups: str | None = None,
+    follow_ups_alone: bool = False,
 ) -> Iterator[Sample | Rejected]:
     """Records in order; `images` and `flat` as for `Pictures`."""
     path = existing(location, records)
@@ -42,6 +47,11 @@ def read(  # noqa: PLR0913 - one argument for each field of the spec
         else:
             turns = more.turns(record.get("image")) if more else []
             yield _sample(place, record, source, pictures, turns)
+    if more and follow_ups_alone:
+        for place, record in more.alone():
+            yield record if isinstance(record, Rejected) else _sample(place, record, source, pictures, [])
+    elif more and (n := len(more.left())):
+        log.warning("%s: %d records are about images not in %s; follow_ups_alone keeps them", follow_ups, n, records)
 
 
 def _sample(place: str, record: Record, source: str, pictures: Pictures, more: list[object]) -> Sample | Rejected:
