@@ -45,6 +45,10 @@ def pairs(question: str, answer: str, tokens: tuple[int, int, int]) -> Case:
 
 SLIM = {"excluded_set": 2, "empty": 1, "bad_record": 1, "duplicate_row": 1}
 PROOF = [(document("A naïve proof."), (0, 7, 6))]
+ALLAVA = [
+    (qa("\nDescribe.", "A café.", "Why?", "It rains."), (2, 16, 7)),
+    (qa("\nWho?", "A cat."), (2, 10, 3)),
+]
 BUG = [(document(None, "Ein roter Käfer."), (2, 10, 7))]
 
 CASES: dict[str, Case] = {
@@ -102,7 +106,7 @@ CASES: dict[str, Case] = {
             "laion", "image_chunks/images_0.zip", "allava_laion/images/100277305.jpeg", "images/100277305.jpeg"
         ),
         {"missing_image": 1},
-        [(qa("\nDescribe.", "A café.", "Why?", "It rains."), (2, 16, 7))],
+        ALLAVA,
     ),
     "allava-vflan": Case(
         write.allava(
@@ -112,9 +116,9 @@ CASES: dict[str, Case] = {
             "images_191task_1k/PACS+guitar_1.png",
         ),
         {"missing_image": 1},
-        [(qa("\nDescribe.", "A café.", "Why?", "It rains."), (2, 16, 7))],
+        ALLAVA,
     ),
-    "cc12m": Case(write.url_list("train-00000-of-00001.parquet", "image_url", "caption"), FETCHED, BUG, ORIGIN),
+    "cc12m": Case(write.url_list("default/train/0000.parquet", "image_url", "caption"), FETCHED, BUG, ORIGIN),
     "mmc4": Case(
         write.mmc4,
         {"missing_image": 2, "bad_record": 1, "empty": 1},
@@ -199,7 +203,7 @@ CASES: dict[str, Case] = {
         [([("user", ["What do you see?\n", None]), ("assistant", ["A naïve drawing."])], (2, 22, 7))],
     ),
     "laion-gpt4v": Case(
-        write.url_list("train-00000-of-00001.parquet", "link", "caption", message_id="1", timestamp="2023-11-17"),
+        write.url_list("data/train-00000-of-00001.parquet", "link", "caption", message_id="1", timestamp="2023-11-17"),
         FETCHED,
         [(qa("Describe this image in detail.", "Ein roter Käfer."), (2, 24, 8))],
         ORIGIN,

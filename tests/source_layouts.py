@@ -48,8 +48,9 @@ def talk(*values: str) -> list[dict[str, str]]:
 
 
 def imagenet(folder: Path) -> None:
-    members = [("n02077923_18.JPEG", picture(1, "JPEG")), ("n02077923_19.JPEG", b""), ("n99999999_1.JPEG", picture(2))]
-    tar(folder / "n02077923.tar", [*members, ("n02077923_20.cls", b"7")])
+    members = [("n02077923_18.cls", b"7"), ("n02077923_18.jpg", picture(1, "JPEG")), ("n02077923_19.jpg", b"")]
+    members += [("n99999999_1.cls", b"9"), ("n99999999_1.jpg", picture(2, "JPEG")), ("n02077923_20.cls", b"7")]
+    tar(folder / "imagenet_w21-train-0000.tar", members)
     (folder / "mapping.txt").write_text("n02077923 Sea-Lion_pup\nn02121808 domestic cat\n")
 
 
@@ -103,7 +104,7 @@ def cc3m(folder: Path) -> None:
 
 def detailed(folder: Path) -> None:
     def record(i: str, image: str, answer: str) -> dict[str, object]:
-        asked = f"Picture 1: <img>{image}</img>\nGenerate the detailed caption in English:"
+        asked = f"<img>{image}</img> Generate the detailed caption in English: "
         return {"id": i, "conversations": [{"from": "user", "value": asked}, {"from": "assistant", "value": answer}]}
 
     records = [record("0", "data/1.jpg", "A cat — asleep."), record("1", "data/gone.jpg", "A dog.")]
@@ -130,18 +131,22 @@ def allava(part: str, archive: str, image: str, member: str) -> Write:
     caption = {"id": f"allava_{part}_cap_1", "image": image, "conversations": talk("<image>\nDescribe.", "A café.")}
     lost = {"id": f"allava_{part}_cap_2", "image": "gone.jpeg", "conversations": talk("<image>\nDescribe.", "Lost.")}
     both = {"id": f"allava_{part}_inst_1", "image": image, "conversations": talk("<image>\nWhy?", "It rains.")}
+    asked = image.replace(".", "0.")
+    alone = {"id": f"allava_{part}_inst_2", "image": asked, "conversations": talk("<image>\nWho?", "A cat.")}
 
     def write(folder: Path) -> None:
         llava(f"ALLaVA-Caption-{part.upper()}-4V.json", archive, member, [caption, lost])(folder)
-        (folder / f"ALLaVA-Instruct-{part.upper()}-4V.json").write_text(json.dumps([both]))
+        (folder / f"ALLaVA-Instruct-{part.upper()}-4V.json").write_text(json.dumps([alone, both]))
+        zipped(folder / archive, {member: picture(1, "JPEG"), member.replace(".", "0."): picture(2, "JPEG")})
 
     return write
 
 
 def mmc4(folder: Path) -> None:
     def document(names: Sequence[str], at: object = 1) -> dict[str, object]:
-        infos = [{"image_name": n, "raw_url": "x", "matched_text_index": at, "matched_sim": 0.3} for n in names]
-        return {"text_list": ["One.", "Zwei Käfer.", ""], "image_info": infos, "url": "http://x.test", "similarity": []}
+        one = {"raw_url": "http://x.test/a", "matched_text_index": at, "matched_sim": 0.3, "face_detections": None}
+        more = {"url": "http://x.test", "similarity_matrix": [[0.3, 0.2, 0.1]], "could_have_url_duplicate": 0}
+        return {"text_list": ["One.", "Zwei Käfer.", ""], "image_info": [one | {"image_name": n} for n in names]} | more
 
     documents = [document(["a.jpg", "b.jpg"]), document(["a.jpg", "gone.jpg"]), document(["a.jpg"], at=7)]
     documents += [document([]), document(["a.jpg"]) | {"text_list": ["", " "]}]
@@ -193,14 +198,14 @@ def ultra_interact(folder: Path) -> None:
 
 def bundle(folder: Path) -> None:
     records = [
-        {"image": "vqav2/0001.png", "conversations": ["<image>\nWas ist das?", "Ein Hut", "Color?", "red"]},
-        {"image": "vqav2/0001.png", "conversations": [{"value": "Where?\n<image>"}, {"value": "Here"}]},
+        {"image": "images/1002217.jpg", "conversations": ["<image>\nWas ist das?", "Ein Hut", "Color?", "red"]},
+        {"image": "images/1002217.jpg", "conversations": [{"value": "Where?\n<image>"}, {"value": "Here"}]},
         {"conversations": [{"value": "Hi"}, {"value": "Hello"}]},
-        {"image": "vqav2/gone.png", "conversations": ["<image>\nWhat?", "x"]},
-        {"image": "vqav2/0001.png", "conversations": ["<image>\nWhat?", ""]},
+        {"image": "images/7.jpg", "conversations": ["<image>\nWhat?", "x"]},
+        {"image": "images/1002217.jpg", "conversations": ["<image>\nWhat?", ""]},
         {"conversations": []},
     ]
     folder.mkdir(parents=True)
     (folder / "all_data.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records))
-    tar(folder / "images/chunk_1.tar", [("chunk_1/0001.png", picture(1))])
-    tar(folder / "images/chunk_2.tar", [("chunk_2/0002.png", picture(2))])
+    tar(folder / "images/chunk_1.tar", [("909538.jpg", picture(2, "JPEG")), ("1002217.jpg", picture(1, "JPEG"))])
+    tar(folder / "images/chunk_10.tar", [("138683.jpg", picture(3, "JPEG"))])
