@@ -218,13 +218,15 @@ def sources(
 
 @app.command()
 def check(
-    source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/.")], as_json: Json = False
+    source: Annotated[str, typer.Argument(help="Name of a file in datasets_spec/sources/.")],
+    at: Annotated[Path | None, typer.Option(help="A copy elsewhere, in place of acquire.location.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Probe a copy of a source: the first mismatch by file and field, and what to do about it."""
     from solo import sources as known
 
     settings = Settings.from_env()
-    found = known.check(load(SourceSpec, source, settings.specs), settings.specs, settings.root)
+    found = known.check(load(SourceSpec, source, settings.specs), settings.specs, settings.root, at)
     if as_json:
         first = {status: {"record": item.identity, "error": item.error} for status, item in found.first.items()}
         typer.echo(

@@ -120,8 +120,10 @@ class Probe:
     missing: list[str]  # numbered files that are not there, in words
 
 
-def check(spec: SourceSpec, specs: Path, root: Path) -> Probe:
-    """Read the first records of the copy; ValueError with file, field and remedy where none can be read."""
+def check(spec: SourceSpec, specs: Path, root: Path, at: Path | None = None) -> Probe:
+    """Read first records of the copy (`at`: of that one); ValueError with file, field and remedy if none is good."""
+    if at is not None:
+        spec = spec.model_copy(update={"acquire": spec.acquire.model_copy(update={"location": str(at.absolute())})})
     want = asked(spec)
     location = specs / spec.acquire.location if want.kind == "local" else copies.place(want, root)
     if not location.exists():

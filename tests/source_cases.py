@@ -118,7 +118,7 @@ CASES: dict[str, Case] = {
         {"missing_image": 1},
         ALLAVA,
     ),
-    "cc12m": Case(write.url_list("default/train/0000.parquet", "image_url", "caption"), FETCHED, BUG, ORIGIN),
+    "cc12m": Case(write.url_list("0000.parquet", "image_url", "caption"), FETCHED, BUG, ORIGIN),
     "mmc4": Case(
         write.mmc4,
         {"missing_image": 2, "bad_record": 1, "empty": 1},
@@ -203,7 +203,7 @@ CASES: dict[str, Case] = {
         [([("user", ["What do you see?\n", None]), ("assistant", ["A naïve drawing."])], (2, 22, 7))],
     ),
     "laion-gpt4v": Case(
-        write.url_list("data/train-00000-of-00001.parquet", "link", "caption", message_id="1", timestamp="2023-11-17"),
+        write.url_list("train-00000-of-00001.parquet", "link", "caption", message_id="1", timestamp="2023-11-17"),
         FETCHED,
         [(qa("Describe this image in detail.", "Ein roter Käfer."), (2, 24, 8))],
         ORIGIN,

@@ -8,25 +8,21 @@ from pathlib import Path
 import pytest
 import source_layouts as write
 from source_cases import CASES
+from test_sources import SPECS, local
 from typer.testing import CliRunner
 
 from solo import cli, sources
 from solo.adapters import llava, table_pairs
-from solo.line import CHECKOUT
 from solo.mistaken import cut_short, mistaken
-from solo.spec import SourceSpec, load
+from solo.spec import SourceSpec
 
-SPECS = CHECKOUT / "datasets_spec"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 446123456\n"
 PAGE = b"\n<!DOCTYPE html>\n<html><title>Sign in</title></html>"
 
 
 def laid(name: str, base: Path) -> tuple[SourceSpec, Path]:
     """A source's fixture where its spec looks for it."""
-    spec = load(SourceSpec, name, SPECS)
-    (base / "specs").mkdir()
-    location = (base / "specs" / spec.acquire.location).resolve()
-    location.parent.mkdir(parents=True)
+    spec, location = local(name, base)
     CASES[name].write(location)
     return spec, location
 
@@ -88,7 +84,7 @@ def test_check_names_the_damaged_file(
     spec, location = laid(name, tmp_path)
     damage(next(location.rglob(file)))
     with pytest.raises(ValueError, match=f"^{name}: .*{says}") as error:
-        sources.check(spec, tmp_path / "specs")
+        sources.check(spec, tmp_path / "specs", tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -103,30 +99,30 @@ def test_acquire_refuses_what_is_no_data_before_it_reads_any(tmp_path: Path) -> 
         next(iter(llava.read(tmp_path, source="s", records="chat.json", images="images.zip")))
 
 
-def test_a_numbered_file_that_is_not_there_is_said_and_no_mistake(
+def test_a_copy_anywhere_is_probed_and_what_is_not_there_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, location = laid("dvqa", tmp_path)
-    (file,) = location.glob("*.parquet")
-    file.rename(location / "train-00000-of-00003-0a.parquet")
-    (tmp_path / "specs/sources").mkdir()
-    (tmp_path / "specs/sources/dvqa.yaml").write_bytes((SPECS / "sources/dvqa.yaml").read_bytes())
-    monkeypatch.setenv("SOLO_SPECS", str(tmp_path / "specs"))
-    shown = CliRunner().invoke(cli.app, ["check", "dvqa"]).stdout
+    monkeypatch.setenv("SOLO_SPECS", str(SPECS))
+    monkeypatch.setenv("SOLO_ROOT", str(tmp_path))
+    CASES["dvqa"].write(tmp_path / "mine")
+    (file,) = (tmp_path / "mine").glob("*.parquet")
+    file.rename(file.with_name("train-00000-of-00003-0a.parquet"))
+    command = ["check", "dvqa", "--at", str(tmp_path / "mine")]
+    shown = CliRunner().invoke(cli.app, command).stdout
     assert "2 of the first 5 records are as expected" in shown
     assert "train-*-of-00003: 2 files are not there, the first is train-00001-of-00003" in shown
-    told = json.loads(CliRunner().invoke(cli.app, ["check", "dvqa", "--json"]).stdout)
-    assert (told["source"], told["good"], sum(told["odd"].values()), len(told["absent"])) == ("dvqa", 2, 3, 1)
+    told = json.loads(CliRunner().invoke(cli.app, [*command, "--json"]).stdout)
+    assert (told["source"], told["good"], sum(told["odd"].values()), len(told["missing"])) == ("dvqa", 2, 3, 1)
     assert told["first"]["empty"]["record"]
 
 
 def test_numbers_in_a_spec_are_counted_too(tmp_path: Path) -> None:
     spec, location = laid("imagenet-21k", tmp_path)
-    assert sources.check(spec, tmp_path / "specs").absent == [
+    assert sources.check(spec, tmp_path / "specs", tmp_path).missing == [
         "imagenet_w21-train-{0000..2047}.tar: 2,047 files are not there, the first is imagenet_w21-train-0001.tar"
     ]
     next(location.glob("*.tar")).rename(location / "mine.tar")  # other people's tars have no numbers to miss
-    assert sources.check(spec, tmp_path / "specs").absent == []
+    assert sources.check(spec, tmp_path / "specs", tmp_path).missing == []
 
 
 @pytest.mark.parametrize(
