@@ -153,6 +153,8 @@ def _result(job: Job, told: dict[str, Any]) -> Result:
         "n_shards": len(tars),
         "by_status": by_status,
     }
+    if job.where:  # whence it came this time, for people
+        told |= {"location": job.where["location"].partition("?")[0]}
     dropped = {status: n for status, n in by_status.items() if status != "ok"}
     volatile = (FETCH, passes.LINK_ROT)
     return Result(sum(by_status.values()), by_status.get("ok", 0), dropped, stats | told, volatile)

@@ -28,6 +28,8 @@ SECRET = re.compile(
     r"(x-(amz|goog)-.*|.*(signature|token|secret|password|credential|apikey|api_key|accesskey).*|sig|key)"
 )
 WILD = re.compile(r"[*?\[]")
+NUMBERS = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+MOST_NUMBERED = 100_000
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FETCHING = ("files", "sha256", "loopback_ports")  # fields of Acquire that only a location which is fetched has
 
@@ -68,7 +70,21 @@ def asked(spec: SourceSpec) -> Asked:
 
 def of(source: str, revision: str, acquire: Acquire) -> Asked:
     """The same of its parts."""
-    return Asked(source, acquire.location, revision, acquire.files, acquire.sha256, acquire.loopback_ports)
+    files = tuple(name for pattern in acquire.files for name in numbered(pattern))
+    return Asked(source, acquire.location, revision, files, acquire.sha256, acquire.loopback_ports)
+
+
+def numbered(pattern: str) -> list[str]:
+    """`a-{000..575}.tar` as the names it stands for; the lower number says how many digits they have."""
+    if (match := NUMBERS.search(pattern)) is None:
+        return [pattern]
+    low, high = int(match[1]), int(match[2])
+    if not 0 <= high - low < MOST_NUMBERED:
+        raise ValueError(
+            f"acquire.files: {pattern!r} counts from {low} to {high}; up to {MOST_NUMBERED:,} files are named so"
+        )
+    names = (f"{pattern[: match.start()]}{i:0{len(match[1])}}{pattern[match.end() :]}" for i in range(low, high + 1))
+    return [name for each in names for name in numbered(each)]
 
 
 def kind(location: str) -> Kind:

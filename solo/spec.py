@@ -51,7 +51,9 @@ class Acquire(Spec):
     adapter: str = Field(description="`module.function` in solo/adapters/")
     args: dict[str, JsonValue] = Field(default={})
     samples_per_shard: int = Field(gt=0)
-    files: tuple[str, ...] = Field(default=(), description="what to fetch below location; patterns but on the web")
+    files: tuple[str, ...] = Field(
+        default=(), description="what to fetch below location; {00..99} counts, * but not on the web"
+    )
     sha256: dict[str, str] = Field(default={}, description="name -> SHA-256 of a file that is fetched")
     loopback_ports: dict[str, int] = Field(default={}, description="host name -> port of 127.0.0.1: a local mirror")
 

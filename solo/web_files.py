@@ -12,6 +12,7 @@ import re
 import ssl
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from urllib.parse import quote, urljoin
@@ -27,6 +28,7 @@ from solo.published import Answer, File, Opener
 AGENT = "solo-recipe/1 (archive download)"
 WAIT_S = 30.0  # for a connection, and for the next bytes of one
 REQUEST_S = 3_600.0  # then a file goes on over another connection
+LOOKS_AT_ONCE = 8
 RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 
@@ -120,16 +122,19 @@ def _url(want: Asked, name: str) -> str:
 
 def listed(want: Asked) -> list[File]:
     """The files named, each with the size its server tells."""
-    client, found = _client(want), []
-    for name in sorted(want.files) or [""]:
+    client = _client(want)
+
+    def look(name: str) -> File:
         try:
             answer = patiently(partial(client.open, _url(want, name), 0, None, end=0))
         except Failed as failed:
             what = f"{name or want.name} at {want.location.partition('?')[0]}"
             raise ValueError(f"{want.source}: {what}: {failed.detail}; {remedy(failed)}") from None
         answer.close()
-        found.append(File(name, answer.total, want.sha256.get(name)))
-    return found
+        return File(name, answer.total, want.sha256.get(name))
+
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        return list(pool.map(look, sorted(want.files) or [""]))
 
 
 def opener(want: Asked) -> Opener:

@@ -100,6 +100,7 @@ def test_the_web_gives_the_artifact_of_a_local_copy(published, site, tmp_path):
     again, worked = make(job(spec, tmp_path, tmp_path), acquire.run, force=True)
     assert worked and again.manifest.digest == local.manifest.digest and len(site.asked) == n
     assert "archive.test" not in json.dumps(made.manifest.spec)
+    assert made.manifest.stats["location"] == "http://archive.test/archive/pics"
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     by_file = source("0" * 40, web(site, sha256=digests))
     assert make(job(by_file, tmp_path, tmp_path), acquire.run)[0].manifest.digest == local.manifest.digest
@@ -363,6 +364,17 @@ def test_names_from_a_server_stay_in_their_folder(s3, tmp_path):
             location.chosen(
                 [name, "good", "a/b"] if name else ["a/", "good"], replace(asked, files=() if name else ("*/*",))
             )
+
+
+def test_numbered_files_are_counted_out(site):
+    assert location.numbered("a-{008..011}/b-{0..1}.tar")[1:3] == ["a-008/b-1.tar", "a-009/b-0.tar"]
+    assert location.numbered("plain-{a..b}.tar") == ["plain-{a..b}.tar"]
+    for pattern in ("a-{2..1}", "a-{0..999999999}"):
+        with pytest.raises(ValueError, match=r"acquire\.files: 'a-.* counts from"):
+            source("0" * 40, HUB | {"files": [pattern]})
+    want = location.asked(source(COMMIT, HUB | {"files": ["train-{0..2}.tar"]}))
+    with pytest.raises(ValueError, match=r"nothing matches 'train-2\.tar'"):  # a set with a hole is no set
+        copies.published.listed(want)
 
 
 def test_a_single_file_is_its_own_location(site, tmp_path):
