@@ -2,13 +2,14 @@
 
 In: an http(s) location and the names below it. Out: files with their sizes, and bytes from any place on. Invariants:
 only http and https; every hop of a redirect, at most MAX_REDIRECTS, is resolved and checked anew and connects to the
-checked address; a header with a secret goes to the origin it is for and to no other; no message holds a query.
-Cost: a connection for each request.
+checked address, or to the environment's proxy; a header with a secret goes to the origin it is for and to no other; no
+message holds a query. Cost: a connection for each request.
 """
 
 from __future__ import annotations
 
 import re
+import socket
 import ssl
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from urllib.parse import quote, urljoin
 
+from solo import proxy
 from solo.isolated import address, http1
 from solo.isolated.address import Target
 from solo.isolated.rules import Failed, Rules
@@ -70,17 +72,31 @@ class Client:
 
     def _ask(self, target: Target, headers: Mapping[str, str]) -> http1.Response:
         deadline = time.monotonic() + REQUEST_S
-        sock = self._resolver.connect(target, deadline)
+        sock, asked, more = self._connect(target, deadline)
         try:
             if target.scheme == "https":
                 sock = secured(sock, target, self._tls, self.rules.timeout_s)
-            return http1.ask(http1.Wire(sock, self.rules, deadline), target, self.rules.user_agent, headers)
+            wire = http1.Wire(sock, self.rules, deadline)
+            return http1.ask(wire, asked, self.rules.user_agent, {**headers, **more})
         except http1.Closed:
             sock.close()
             raise Failed("connection", None, "the connection broke") from None
         except BaseException:
             sock.close()
             raise
+
+    def _connect(self, target: Target, deadline: float) -> tuple[socket.socket, Target, dict[str, str]]:
+        """A connection to the target or to the proxy before it, what to ask for over it, and headers for the proxy."""
+        via = None if self.rules.where(target.host, target.port) else proxy.of(target)
+        if via is None:
+            return self._resolver.connect(target, deadline), target, {}
+        try:
+            self._resolver.find(target)  # an address that may not be visited is none behind a proxy either
+        except Failed as failed:
+            if failed.status != "dns":  # where only the proxy resolves names, only the proxy can judge
+                raise
+        more = via.headers if target.scheme == "http" else {}
+        return via.connect(target, self.rules, deadline), via.asked(target), more
 
     def _answer(self, response: http1.Response, start: int) -> Answer:
         stamp = response.get("etag") or response.get("last-modified") or None

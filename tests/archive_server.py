@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -48,6 +50,7 @@ class Site:
         self.sent: dict[str, int] = {}  # body bytes by path
         self.port = 0
         self.hub: Hub | None = None
+        self.tunnels: dict[str, int] = {}  # `host:port` -> port of this machine, where the site is a proxy
 
     def ranges(self, path: str) -> list[str | None]:
         return [headers.get("range") for asked, headers in self.asked if asked == path]
@@ -102,6 +105,20 @@ class Handler(BaseHTTPRequestHandler):
         if path not in self.site.files:
             return self._empty(404, {})
         self._send(path, self.site.files[path], how)
+
+    def do_CONNECT(self) -> None:
+        """A tunnel to wherever the test says that host is, as a proxy makes it."""
+        self.site.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+        to = self.site.tunnels.get(self.path)
+        if to is None:
+            return self._empty(403, {})
+        self.send_response(200)
+        self.end_headers()
+        with socket.create_connection(("127.0.0.1", to)) as there:
+            forth = threading.Thread(target=_pump, args=(self.connection, there), daemon=True)
+            forth.start()
+            _pump(there, self.connection)
+        self.close_connection = True
 
     def _empty(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.send_response(status)
@@ -198,12 +215,23 @@ class Handler(BaseHTTPRequestHandler):
         self._empty(200, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
 
 
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(PIECE):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
 @contextmanager
-def serving(site: Site) -> Iterator[Site]:
-    """The site on a port of 127.0.0.1."""
+def serving(site: Site, certificate: Path | None = None) -> Iterator[Site]:
+    """The site on a port of 127.0.0.1; https where there is a certificate with its key."""
     handler = type("Served", (Handler,), {"site": site})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     site.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

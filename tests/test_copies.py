@@ -32,7 +32,7 @@ LOCAL = {"location": "pics", "adapter": "webdataset_labels.read", "args": {"mapp
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
-    for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "AWS_ENDPOINT_URL"):
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "AWS_ENDPOINT_URL", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -28,6 +28,9 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.fixture
@@ -250,6 +253,50 @@ def test_one_file_that_fails_stops_the_others_where_they_are(site, tmp_path):
     with pytest.raises(ValueError, match=rf"a\.tar of .* has sha256 {SHA256}, 0{{64}} is pinned"):
         fetched(asked, tmp_path)
     assert site.sent["/data/b"] < len(BODY)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Of the host cdn.example, signed by itself."""
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    names = ["-subj", "/CN=cdn.example", "-addext", "subjectAltName=DNS:cdn.example"]
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(path.with_name("key"))]
+    subprocess.run(
+        ["openssl", "req", "-x509", *key, *names, "-days", "2", "-out", str(path)], check=True, capture_output=True
+    )
+    path.write_bytes(path.read_bytes() + path.with_name("key").read_bytes())
+    return path
+
+
+def test_https_through_the_environments_proxy(site, tmp_path, monkeypatch, certificate):
+    digest = f"sha256:{combined_sha256({'a.tar': SHA256})}"
+    asked = Asked("pics", "https://cdn.example/data", digest, ("a.tar",), {"a.tar": SHA256})
+    with serving(Site(), certificate) as far:
+        far.files["/data/a.tar"] = BODY
+        far.how["/data/a.tar"] = How(cuts=[70_000])
+        site.tunnels["cdn.example:443"] = far.port
+        monkeypatch.setenv("https_proxy", f"http://user:proxy%20word@127.0.0.1:{site.port}")
+        with pytest.raises(ValueError, match=r"a\.tar at https://cdn\.example/data: TLS failed; try again later"):
+            fetched(asked, tmp_path)  # nobody vouches for it yet
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert fetched(asked, tmp_path) == BODY
+        assert far.ranges("/data/a.tar") == ["bytes=0-0", "bytes=0-", "bytes=70000-"]
+        assert "proxy-authorization" not in far.asked[0][1]
+        assert site.asked[-1][1]["proxy-authorization"] == "Basic dXNlcjpwcm94eSB3b3Jk"
+        site.tunnels.clear()
+        with pytest.raises(ValueError, match="the proxy answers HTTP 403") as error:
+            fetched(asked, tmp_path / "other")
+        assert "word" not in str(error.value)
+
+
+def test_http_through_a_proxy_and_no_way_to_this_machine(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{site.port}")
+    assert fetched(want(site, location="http://cdn.example/data", loopback_ports={}), tmp_path) == BODY
+    assert site.asked[-1][1]["host"] == "cdn.example"
+    n = len(site.asked)
+    with pytest.raises(ValueError, match="only public addresses"):
+        fetched(want(site, location="http://169.254.169.254/data", loopback_ports={}), tmp_path / "other")
+    assert len(site.asked) == n
 
 
 KILLED = """

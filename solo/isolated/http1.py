@@ -213,6 +213,16 @@ def ask(wire: Wire, target: Target, user_agent: str, more: Mapping[str, str] | N
     raise Failed("connection", None, NOT_HTTP)
 
 
+def connect(wire: Wire, place: str, more: Mapping[str, str]) -> int:
+    """Ask a proxy for a tunnel to `host:port`; the status of its answer."""
+    given = "".join(f"{name}: {value}\r\n" for name, value in more.items())
+    wire.send(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{given}\r\n".encode("latin-1", "replace"))
+    status, _, _ = _head(wire)
+    if wire.buffer:
+        raise Failed("connection", status, "the proxy speaks before it is spoken to")
+    return status
+
+
 def _head(wire: Wire) -> tuple[int, list[tuple[str, str]], bytes]:
     raw, first = _head_bytes(wire), True
     headers: list[tuple[str, str]] = []
