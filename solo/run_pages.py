@@ -8,7 +8,8 @@ forces. Cost: one JSON line per optimizer step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -16,7 +17,7 @@ from solo import curves, gallery, realised, sick, trained
 from solo.artifact import Artifact
 from solo.charts import grouped
 from solo.data_pages import Inputs, Row
-from solo.markdown import BAR, Markup, bar, escape, picture, table
+from solo.markdown import BAR, bar, escape, picture, table
 
 
 def train_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
@@ -60,25 +61,22 @@ def train_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
 
 def _held_out(artifacts: Sequence[Artifact]) -> Iterator[str]:
     """The loss on documents that no stage trains, before and after each stage; nothing where none is held out."""
-    found = []
-    for a in (a for a in artifacts if "held_out" in a.manifest.stats):
-        ends = [a.manifest.stats["held_out"][name] for name in trained.ENDS]
-        for kind in ("loss", "text", "image"):
-            if kind in ends[1]:
-                name = {"loss": "(all)", "text": "(text)", "image": "(with pictures)"}[kind]
-                found.append({"stage": a.manifest.name, "source": name} | _ends(end.get(kind) for end in ends))
-        for source in ends[1]["sources"]:
-            own = _ends(end["sources"].get(source) for end in ends)
-            found.append({"stage": a.manifest.name, "source": source} | own)
+    found: dict[str, dict[str, str]] = {}
+    stages = [a.manifest.name for a in artifacts if "held_out" in a.manifest.stats]
+    for a in (a for a in artifacts if a.manifest.name in stages):
+        before, after = (_named(a.manifest.stats["held_out"][end]) for end in trained.ENDS)
+        for name in after:
+            ends = ("none" if loss is None else f"{loss:.3f}" for loss in (before.get(name), after[name]))
+            found.setdefault(name, {})[a.manifest.name] = " to ".join(ends)
     if found:
-        yield "## Held-out loss\n\nOf documents that no stage trains, in nats per loss token."
-        yield table(found)
+        yield "## Held-out loss\n\nOf documents that no stage trains, in nats per loss token, before and after a stage."
+        yield table([{"of": name, **{stage: own.get(stage) for stage in stages}} for name, own in found.items()])
 
 
-def _ends(losses: Iterable[float | None]) -> Row:
-    before, after = losses
-    moved = None if before is None or after is None else Markup(f"{after - before:+.3f}")
-    return {"before": before, "after": after, "change": moved}
+def _named(held: Mapping[str, Any]) -> dict[str, float | None]:
+    kinds = {"loss": "all documents", "text": "those without pictures", "image": "those with pictures"}
+    losses: dict[str, float | None] = held["sources"]
+    return {what: held[kind] for kind, what in kinds.items() if kind in held} | losses
 
 
 def _left_out(artifacts: Sequence[Artifact]) -> Iterator[str]:
