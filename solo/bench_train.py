@@ -122,7 +122,7 @@ def find(profile: str) -> Profile:
     if profile in PROFILES:
         return chosen
     size = {name: getattr(PROFILES["toy"], name) for name in ("shape", "pack_tokens", "steps", "warm", "n_packs")}
-    size |= {"name": profile, "batch_packs": 4, "precision": "fp32", "ways": WAYS, "checkpoint": True}
+    size |= {"name": profile, "batch_packs": 2, "precision": "fp32", "ways": WAYS, "checkpoint": True}
     return replace(chosen, **size)
 
 

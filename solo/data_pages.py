@@ -168,6 +168,9 @@ def pack_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     if balanced := list(pack_pages.balance(artifacts)):
         yield "## Attention of ranks: the dearest of a step over the mean"
         yield table(balanced)
+    if apart := list(pack_pages.held_out(artifacts)):
+        yield "## Held out: never trained, and their loss measured while a stage is"
+        yield table(apart)
     if proven := list(pack_pages.proof(artifacts)):
         yield "## Proof: no document of a pack sees another, and its loss is that of the document alone"
         yield table(proven)

@@ -62,9 +62,8 @@ class HeldLoss:
         sums, counts = np.split(np.asarray(total(np.concatenate([sums, counts]))), 2)
 
         def mean(of: np.ndarray) -> float | None:
-            return (
-                round(value, 6) if counts[of].any() and (value := finite(sums[of].sum() / counts[of].sum())) else None
-            )
+            found = finite(float(sums[of].sum() / counts[of].sum())) if counts[of].any() else None
+            return None if found is None else round(found, 6)
 
         by_kind = {"text": mean(~self.has_image), "image": mean(self.has_image)}
         return {

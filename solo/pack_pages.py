@@ -46,6 +46,14 @@ def balance(artifacts: Sequence[Artifact]) -> Iterator[Row]:
             }
 
 
+def held_out(artifacts: Sequence[Artifact]) -> Iterator[Row]:
+    """One row per mix and source of which something is held out."""
+    for a in artifacts:
+        for source, own in a.manifest.stats.get("held_out", {}).get("sources", {}).items():
+            counts = {"documents measured": own["n_documents"], "tokens": own["n_tokens"]}
+            yield {"mix": a.manifest.name, "source": source, **counts, "loss tokens": own["n_loss_tokens"]}
+
+
 def proof(artifacts: Sequence[Artifact]) -> Iterator[Row]:
     """One row per mix that was proven; a proof that fails leaves no artifact."""
     for a in artifacts:
