@@ -19,9 +19,9 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
-from prefect.deployments import run_deployment
 from prefect.states import Failed
 
+from flows import elsewhere as away
 from solo import line, pages
 from solo.artifact import RECORD, Artifact
 from solo.line import Node, Ref, Settings
@@ -76,7 +76,7 @@ def through_flow(part: str, inner: Any) -> Any:  # noqa: ANN401 - a Flow and a T
         if elsewhere is None:
             state = inner(**parameters, return_state=True)
             return cast(Made, state.result()) if state.is_completed() else Failed(message=state.message)
-        state = cast(Any, run_deployment(elsewhere, parameters=parameters)).state
+        state = away.run(elsewhere, parameters)
         if not state.is_completed():
             return Failed(message=f"{elsewhere}: {state.message}")
         settings = Settings.from_env()

@@ -13,6 +13,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State
 
+from flows.elsewhere import gpu_slot
 from flows.part import Made, build, through_flow
 from solo import curves, watch
 
@@ -51,7 +52,8 @@ class Live:
 @flow(name="train", flow_run_name="train-{node[name]}", log_prints=False)
 def train_flow(node: dict[str, Any], inputs: dict[str, Made], force: bool = False) -> Made | State:
     """Train one stage."""
-    return build(node, inputs, force, on_metric=Live(node["name"]))
+    with gpu_slot():
+        return build(node, inputs, force, on_metric=Live(node["name"]))
 
 
 train = through_flow("train", train_flow)

@@ -58,13 +58,23 @@ class Second:
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout
 
-    def start(self, deployment: str = "solo/train") -> str:
-        shown = self.prefect("deployment", "run", deployment, "--param", "recipe=toy")
+    def start(self, deployment: str = "solo/train", **env: str) -> str:
+        more = ("--job-variable", "env=" + json.dumps(env)) if env else ()
+        shown = self.prefect("deployment", "run", deployment, "--param", "recipe=toy", *more)
         return next(line.split(":", 1)[1].strip() for line in shown.splitlines() if "UUID" in line)
 
+    def api(self, path: str, body: object = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"{self.env['PREFECT_API_URL']}/{path}", data)
+        if body is not None:
+            token = self.api("csrf-token?client=test")["token"]
+            own = {"Content-Type": "application/json", "Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token}
+            asked.headers.update(own)
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            return json.loads(answer.read())
+
     def state(self, run_id: str) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{self.env['PREFECT_API_URL']}/flow_runs/{run_id}", timeout=10) as answer:
-            return dict(json.loads(answer.read())["state"])
+        return dict(self.api(f"flow_runs/{run_id}")["state"])
 
     def ended(self, run_id: str, *, within_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + within_s
@@ -96,6 +106,20 @@ def second(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     serve("down", env)
 
 
+@pytest.fixture(scope="module")
+def gpu_pool(second: Second) -> Iterator[dict[str, str]]:
+    """A worker of a pool of its own, as on a machine with GPUs; the setting that sends stages there."""
+    second.prefect("work-pool", "create", "solo-gpu", "--type", "process")
+    second.prefect("--no-prompt", "deploy", "--prefect-file", "infra/gpu.yaml", "--all")
+    second.prefect("gcl", "create", "gpu", "--limit", "1")
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "solo-gpu", "--type", "process"]
+    env, out = second.env | {"SOLO_GPU_LIMIT": "gpu"}, (second.home / "gpu.log").open("ab")
+    worker = subprocess.Popen(command, cwd=CHECKOUT, env=env, stdout=out, stderr=out)
+    yield {"SOLO_TRAIN_DEPLOYMENT": "train/gpu"}
+    worker.terminate()
+    worker.wait(30)
+
+
 def processes_of(base: Path) -> list[str]:
     """Command lines and environments that name the folder, the server and its worker apart."""
     found = []
@@ -123,35 +147,51 @@ def wait_for(what: Any, *, within_s: float) -> bool:
 
 
 @pytest.mark.timeout(600)
-def test_cancel_stops_the_trainers_with_a_checkpoint_and_a_rerun_goes_on(second: Second) -> None:
+def test_cancel_stops_the_trainers_with_a_checkpoint_and_a_rerun_goes_on(
+    second: Second, gpu_pool: dict[str, str]
+) -> None:
     stage = second.base / "root" / "train" / "toy-stage"
-    run_id = second.start()
+    last = 0
+    # On the GPU pool the stage is a deployment's run, started by the recipe's run; else a run inside it.
+    for elsewhere in (gpu_pool, {}):
+        run_id, n = second.start(**elsewhere), last + 5
 
-    def steps() -> int:
-        return sum(len(path.read_bytes().splitlines()) for path in stage.glob("*/metrics.jsonl"))
+        def trained(n: int = n) -> bool:
+            return sum(len(path.read_bytes().splitlines()) for path in stage.glob("*/metrics.jsonl")) >= n
 
-    assert wait_for(lambda: steps() >= 5, within_s=150), (second.home / "worker.log").read_text()[-3000:]
-    second.prefect("flow-run", "cancel", run_id)
-    assert wait_for(lambda: not processes_of(second.base), within_s=30), processes_of(second.base)
-    state = second.ended(run_id, within_s=30)
-    assert state["type"] == "CANCELLED", state
-    listed = second.prefect("flow-run", "ls")
-    assert listed.count("CANCELLED") == 2 and "RUNNING" not in listed  # the recipe's run and the stage's
+        assert wait_for(trained, within_s=150), (second.home / "worker.log").read_text()[-3000:]
+        if elsewhere:
+            assert second.api("v2/concurrency_limits/gpu")["active_slots"] == 1
+        second.prefect("flow-run", "cancel", run_id)
+        assert wait_for(lambda: not processes_of(second.base), within_s=30), processes_of(second.base)
+        state = second.ended(run_id, within_s=30)
+        assert state["type"] == "CANCELLED", state
+        own = second.api("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 2})
+        assert [(r["state_type"], r["deployment_id"] is not None) for r in own if r["name"].startswith("train-")] == [
+            ("CANCELLED", bool(elsewhere))
+        ]
+        assert [r["state_type"] for r in own] == ["CANCELLED"] * 2  # the recipe's run and the stage's
+        work = next(stage.glob("*/.work"))
+        found = checkpoint.newest(work / "checkpoints")
+        assert found is not None and found.step >= n
+        assert not (work.parent / "manifest.json").exists()
+        said = (work.parent / "train.log").read_text()
+        assert said.count('"event": "interrupted"') == (1 if elsewhere else 2)
+        last = found.step
+    assert second.api("v2/concurrency_limits/gpu")["active_slots"] == 0
 
-    work = next(stage.glob("*/.work"))
-    found = checkpoint.newest(work / "checkpoints")
-    assert found is not None and found.step >= 5
-    assert not (work.parent / "manifest.json").exists()
-    said = (work.parent / "train.log").read_text()
-    assert '"event": "interrupted"' in said
-
-    assert second.ended(second.start(), within_s=300)["type"] == "COMPLETED"
+    assert second.ended(second.start(**gpu_pool), within_s=300)["type"] == "COMPLETED"
     manifest = json.loads((work.parent / "manifest.json").read_text())
     metrics = [json.loads(line)["step"] for line in (work.parent / "metrics.jsonl").read_text().splitlines()]
     assert metrics == list(range(1, manifest["stats"]["n_steps"] + 1))
-    # The ranks were launched twice, and the second time did not begin at the first step.
-    assert [json.loads(line)["step"] for line in said.splitlines() if line.startswith('{"step')][-1] == found.step
+    # The ranks were launched again, and did not begin at the first step.
+    assert [json.loads(line)["step"] for line in said.splitlines() if line.startswith('{"step')][-1] == last
     assert wait_for(lambda: not processes_of(second.base), within_s=30)
+
+    again = second.start(**gpu_pool)
+    assert second.ended(again, within_s=90)["type"] == "COMPLETED"
+    ran = second.api("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [again]}}})
+    assert {r["name"]: r["state"]["name"] for r in ran}["train/toy-stage"] == "Cached"
 
 
 def test_a_failed_run_is_retried_once_its_cause_is_mended(second: Second) -> None:
