@@ -47,14 +47,23 @@ COLOURS = {"reuse": "green", "run": "yellow", "unknown": "cyan"}
 
 
 @app.command()
-def plan(recipe: Recipe, until: Until = "report", force: Parts = None, as_json: Json = False) -> None:
+def plan(
+    recipe: Recipe,
+    until: Until = "report",
+    force: Parts = None,
+    machine_text: Annotated[
+        str | None, typer.Option("--machine", help="[HOSTSx]GPUSxGPU[+HOST GIB], say 8x80 or 2x8xh100: predict memory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say which artifacts a run would make or reuse, and which field or input is the reason."""
     settings = Settings.from_env()
     _check_parts(force=force)
     planned = line.plan(line.select(line.nodes(recipe, settings.specs, settings.root), until), settings, force or ())
     packed = {p.name: p.last for p in planned if p.part == "pack" and p.last}
     stages = estimate.of_recipe(recipe, settings.specs, packed)
-    machine = memory.Machine.from_env()  # where its GPU's memory is told, what cannot fit is refused here
+    # Where a GPU's memory is told, what cannot fit is refused here.
+    machine = memory.Machine.parse(machine_text) if machine_text else memory.Machine.from_env()
     uses = memory.of_recipe(load(RecipeSpec, recipe, settings.specs), machine) if machine else {}
     unpinned = estimate.unpinned(recipe, settings.specs)
     downloads = cli_fetch.downloads(planned, settings)

@@ -12,6 +12,8 @@ moments. Per token and layer what the compiled backward pass reads: see `kept`. 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -30,13 +32,19 @@ HOST_USABLE = 0.95  # pinned memory would be rounded up to powers of two: 134 Gi
 PARTS_OF = {"projection": ("projection",), "embeddings": ("embedding", "head"), "backbone": ("layers", "norm")}
 
 
+# GiB of a GPU as CUDA reports them; the H100 is measured, the others are its share of their data sheets.
+KINDS = {"a100-40": 39.4, "a100": 79.1, "h100": 79.1, "h200": 139.8}
+MACHINE = re.compile(r"(?:(\d+)x)?(\d+)x([a-z][a-z0-9-]*|[\d.]+)(?:\+([\d.]+))?", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Machine:
-    """Where a stage would run."""
+    """Where a stage would run: GPUs of one kind, shared by hosts of one kind."""
 
     gpu_bytes: int
     n_gpus: int = 1
-    host_bytes: int | None = None
+    host_bytes: int | None = None  # of each host
+    n_hosts: int = 1
 
     @property
     def budget(self) -> int:
@@ -44,13 +52,40 @@ class Machine:
         return int(USABLE * self.gpu_bytes) - CONTEXT_BYTES
 
     @classmethod
+    def parse(cls, text: str) -> Machine:
+        """`[HOSTSx]GPUSxGPU[+HOST_GIB]`: GPUS of each host, GPU a kind or its GiB, HOST_GIB the memory of each host."""
+        found = MACHINE.fullmatch(text)
+        gpu = found and (KINDS.get(found[3].lower()) or _number(found[3]))
+        if not found or not gpu or not int(found[2]) or found[1] == "0":
+            raise ValueError(
+                f"machine is {text!r}; give [HOSTSx]GPUSxGPU[+GIB], GPU being GiB or one of {', '.join(KINDS)}: 8x80, "
+                "8xh100, 2x8xh100+1024 (two hosts of 1,024 GiB with 8 GPUs each)"
+            )
+        hosts = int(found[1] or 1)
+        host = _number(found[4]) if found[4] else None
+        return cls(int(gpu * GIB), hosts * int(found[2]), int(host * GIB) if host else None, hosts)
+
+    @classmethod
     def from_env(cls) -> Machine | None:
-        """$SOLO_GPU_GIB, $SOLO_RANKS and $SOLO_HOST_GIB; None where no GPU's memory is told."""
+        """$SOLO_GPU_GIB, $SOLO_HOST_GIB, $SOLO_RANKS of each of $SOLO_HOSTS; None where no GPU's memory is told."""
         gpu, host = (os.environ.get(name) for name in ("SOLO_GPU_GIB", "SOLO_HOST_GIB"))
         if gpu is None:
             return None
-        ranks = int(os.environ.get("SOLO_RANKS", "1"))
-        return cls(_gib("SOLO_GPU_GIB", gpu), ranks, None if host is None else _gib("SOLO_HOST_GIB", host))
+        ranks, hosts = (int(os.environ.get(name, "1")) for name in ("SOLO_RANKS", "SOLO_HOSTS"))
+        return cls(
+            _gib("SOLO_GPU_GIB", gpu), ranks * hosts, None if host is None else _gib("SOLO_HOST_GIB", host), hosts
+        )
+
+    @classmethod
+    def here(cls, n_gpus: int, n_hosts: int) -> Machine | None:
+        """These GPUs, each as small as the smallest that `nvidia-smi` tells of; None where there is no such program."""
+        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+            smallest = min(int(mib) for mib in told) * 2**20
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return None
+        return cls(smallest, n_gpus, host_bytes(), n_hosts)
 
 
 @dataclass(frozen=True)
@@ -82,6 +117,11 @@ class Use:
         """In GiB, for people; `recompute_layers` is a number of layers."""
         whole = {"peak": self.peak, "forward": self.forward, **asdict(self)}
         return {name: round(n / GIB, 2) if name != "recompute_layers" else n for name, n in whole.items()}
+
+
+def host_bytes() -> int:
+    """Memory of this host."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def policy() -> Policy:
@@ -146,9 +186,12 @@ def predict(  # noqa: PLR0913 (the pack's numbers)
     summed = 4 if config.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width
     zero = config["zero_optimization"]
     offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    share = n_gpus if zero["stage"] == 2 else 1
-    weights, gradients = width * n, summed * learns // share
-    states = 0 if offload else 12 * learns // n_gpus
+    stage = int(zero["stage"])
+    weights, gradients = width * n, summed * learns // (n_gpus if stage > 1 else 1)
+    if stage == 3:  # a share of its own, and what is gathered of the others' while it is used
+        weights = width * (n // n_gpus + min(n, int(zero.get("stage3_max_live_parameters", 1e9))))
+    # Without ZeRO the fp32 weights themselves are updated, so there are the moments alone.
+    states = 0 if offload else 12 * learns // n_gpus if stage else 8 * learns
     buckets = 4 * int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
     buckets = min(buckets, 8 * learns)
     layer = width * kept(model, compiled=bf16) * n_tokens
@@ -183,11 +226,12 @@ def choose(
             f"{what}: peak memory of a GPU is predicted as {use.peak / GIB:.1f} GiB (weights, gradients and optimizer "
             f"{fixed / GIB:.1f}, activations {use.activations / GIB:.1f}, head {use.head / GIB:.1f}) with "
             f"{use.recompute_layers} of {layers} layers recomputed > {machine.budget / GIB:.1f} usable of "
-            f"{machine.gpu_bytes / GIB:.1f}; {_remedy(asked, config)}"
+            f"{machine.gpu_bytes / GIB:.1f} on each of {machine.n_gpus}; {_remedy(asked, config, machine)}"
         )
-    if machine.host_bytes is not None and use.host * machine.n_gpus > (usable := HOST_USABLE * machine.host_bytes):
+    of_host = use.host * machine.n_gpus // machine.n_hosts
+    if machine.host_bytes is not None and of_host > (usable := HOST_USABLE * machine.host_bytes):
         raise ValueError(
-            f"{what}: the optimizer's {use.host * machine.n_gpus / GIB:.1f} GiB > {usable / GIB:.1f} usable of "
+            f"{what}: the optimizer's {of_host / GIB:.1f} GiB > {usable / GIB:.1f} usable of "
             f"the host's {machine.host_bytes / GIB:.1f}; use more memory or a DeepSpeed file without offload_optimizer"
         )
     return use
@@ -195,23 +239,17 @@ def choose(
 
 def of_recipe(recipe: RecipeSpec, machine: Machine) -> dict[str, Use]:
     """What each stage would take of this machine, every token of a pack supervised; an error where one cannot fit."""
+    return {s.name: of_stage(s, recipe.model, machine, patch_px=recipe.tokens.patch_px) for s in recipe.stages}
+
+
+def of_stage(stage: Stage, model: ModelSpec, machine: Machine, *, patch_px: int, n_targets: int | None = None) -> Use:
+    """What one stage would take, `n_targets` being the most that a pack supervises; an error where it cannot fit."""
     from solo import train
 
-    path = train.deepspeed_file("cuda")
-    pack = {"patch_px": recipe.tokens.patch_px, "n_targets": None}
-    return {
-        s.name: choose(
-            f"train/{s.name}",
-            recipe.model,
-            train.deepspeed_config(path, s, machine.n_gpus),
-            machine,
-            asked=policy(),
-            n_tokens=s.pack_tokens,
-            frozen=frozen_groups(s),
-            **pack,
-        )
-        for s in recipe.stages
-    }
+    config = train.deepspeed_config(train.deepspeed_file("cuda"), stage, machine.n_gpus)
+    pack = {"patch_px": patch_px, "n_tokens": stage.pack_tokens, "n_targets": n_targets}
+    what, frozen = f"train/{stage.name}", frozen_groups(stage)
+    return choose(what, model, config, machine, asked=policy(), frozen=frozen, **pack)
 
 
 def lines(uses: Mapping[str, Use], machine: Machine) -> list[str]:
@@ -221,17 +259,22 @@ def lines(uses: Mapping[str, Use], machine: Machine) -> list[str]:
         f"train/{name}: {use.peak / GIB:.2f} of {machine.budget / GIB:.1f} GiB of each GPU ("
         + ", ".join(f"{part} {getattr(use, part) / GIB:.2f}" for part in names)
         + f"), {use.recompute_layers} layers recomputed"
-        + (f", {use.host * machine.n_gpus / GIB:.1f} GiB of the host" if use.host else "")
+        + (f", {use.host * machine.n_gpus / machine.n_hosts / GIB:.1f} GiB of each host" if use.host else "")
         for name, use in uses.items()
     ]
 
 
-def _remedy(asked: Policy, config: Mapping[str, Any]) -> str:
+def _remedy(asked: Policy, config: Mapping[str, Any], machine: Machine) -> str:
+    """What is left to try, the cheapest first."""
+    zero = config["zero_optimization"]
     if asked == "none":
         return "unset SOLO_RECOMPUTE, so that layers may be recomputed"
-    if "offload_optimizer" in config["zero_optimization"]:
-        return "use more GPUs or a smaller pack_tokens"
-    return "use more GPUs, a smaller pack_tokens, or SOLO_DEEPSPEED=infra/deepspeed/offload.json"
+    left = ["use more GPUs", "a smaller pack_tokens"]
+    if "offload_optimizer" not in zero:
+        if machine.n_gpus > 1 and zero["stage"] < 3:
+            left.insert(0, "set SOLO_DEEPSPEED=infra/deepspeed/zero3.json")
+        left.append("SOLO_DEEPSPEED=infra/deepspeed/offload.json")
+    return ", ".join(left[:-1]) + f" or {left[-1]}"
 
 
 def _head_dim(model: ModelSpec) -> int:
@@ -244,11 +287,15 @@ def _widths(model: ModelSpec) -> tuple[int, int, int]:
     return model.hidden_size, model.num_attention_heads * size, model.num_key_value_heads * size
 
 
-def _gib(name: str, value: str) -> int:
+def _number(text: str) -> float:
     try:
-        found = float(value)
+        return float(text)
     except ValueError:
-        found = 0.0
+        return 0.0
+
+
+def _gib(name: str, value: str) -> int:
+    found = _number(value)
     if not found > 0:
         raise ValueError(f"{name} is {value!r}; give a number of GiB above 0")
     return int(found * GIB)

@@ -16,6 +16,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, devices, fp8, hosts, launch, realised, sick, start, track, trained
+from solo import checkpoint, devices, fp8, hosts, launch, memory, realised, sick, start, track, trained
 from solo import metrics as metrics_table
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.launch import Device, Interrupted
@@ -85,6 +86,10 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     device: Device = "cuda" if n_gpus else "cpu"
     if device == "cuda":
         check_compiler()
+        if machine := memory.Machine.from_env() or memory.Machine.here(ranks, hosts.count()):
+            pack = {"patch_px": job.spec["tokens"]["patch_px"], "n_targets": pc.max(plan["n_loss_tokens"]).as_py()}
+            machine = replace(machine, n_gpus=ranks, n_hosts=hosts.count())
+            memory.of_stage(stage, ModelSpec.model_validate(job.spec["model"]), machine, **pack)
     fp8.check_machine(stage, n_gpus)
     if not (job.out / "checkpoint").is_dir():  # made last: where it is, only the manifest is missing
         task = _task(job, stage, device=device, ranks=ranks)

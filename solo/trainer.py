@@ -110,7 +110,8 @@ class Trainer:
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         pack: dict[str, Any] = {"patch_px": self.patch_px, "n_tokens": self.stage.pack_tokens, "n_targets": n_targets}
         pack["frozen"] = memory.frozen_groups(self.stage)
-        machine = memory.Machine(gpu, self.n_ranks, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        n_hosts = self.n_ranks // int(os.environ.get("LOCAL_WORLD_SIZE", self.n_ranks))
+        machine = memory.Machine(gpu, self.n_ranks, memory.host_bytes(), n_hosts)
         self.planned = memory.choose(self.stage.name, model, self.task["deepspeed"], machine, asked=asked, **pack)
         if self.rank == 0:
             log.info("memory plan, GiB of a GPU: %s", json.dumps(self.planned.gib()))

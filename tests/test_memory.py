@@ -1,10 +1,14 @@
 """memory: the arithmetic against what was measured on an H100 and against what a CPU keeps; what is refused."""
 
+import gc
+import os
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_stage import MODEL, STAGE, TOKENS
+from tiny_stage import MODEL, STAGE, TOKENS, make_job, make_plan, one_rank
 
-from solo import memory, train
+from solo import engine, memory, train
 from solo.memory import GIB, Machine
 from solo.spec import ModelSpec, Stage
 
@@ -102,6 +106,85 @@ def test_the_whole_model_fits_eight_gpus_or_one_with_its_optimizer_on_the_host()
         memory.choose("s", whole, offload, Machine(H100.gpu_bytes, 1, 64 * GIB), asked="selective", **PACK)
     with pytest.raises(ValueError, match=r"with 0 of 32 layers recomputed .*unset SOLO_RECOMPUTE"):
         memory.choose("s", whole, offload, host, asked="none", **PACK)
+
+
+def test_zero_shares_what_its_stage_says() -> None:
+    """Of 8 GPUs; without ZeRO a rank has the whole of everything."""
+    n = sum(memory.n_parameters(SLICE, PACK["patch_px"]).values())
+    uses = {}
+    for stage in (0, 1, 2, 3):
+        config = {"zero_optimization": {"stage": stage, "stage3_max_live_parameters": n // 4}}
+        use = memory.predict(SLICE, config, n_gpus=8, **PACK)
+        uses[stage] = [round(x / n, 3) for x in (use.weights, use.gradients, use.states)]
+    assert uses == {0: [4, 4, 8], 1: [4, 4, 1.5], 2: [4, 0.5, 1.5], 3: [1.5, 0.5, 1.5]}
+
+
+@pytest.mark.parametrize(("name", "precision"), [("cpu", "fp32"), ("cpu", "bf16"), ("offload", "bf16")])
+def test_weights_gradients_and_states_are_those_that_an_engine_holds(
+    name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of different storages when the second update begins; on a CPU the host's are beside the GPU's."""
+    monkeypatch.setenv("SOLO_DEEPSPEED", str(train.REPOSITORY / f"infra/deepspeed/{name}.json"))
+    before = storages()
+    with one_rank() as run:
+        job, held = make_job(tmp_path, make_plan(tmp_path, 2), precision=precision), []
+        config = train.deepspeed_config(train.deepspeed_file("cpu"), Stage.model_validate(job.spec["stage"]), 1)
+        started = engine.start
+
+        def start(*args: object) -> object:
+            made = started(*args)
+            update = made.optimizer.step
+            made.optimizer.step = lambda *given: (held.append(storages().items() - before.items()), update(*given))
+            return made
+
+        monkeypatch.setattr(engine, "start", start)
+        run(job)
+    use = memory.predict(ModelSpec.model_validate(MODEL), config, patch_px=TOKENS.patch_px, n_tokens=64)
+    summed_apart = use.weights if precision == "bf16" else 0  # gradients in bf16 and their fp32 sum
+    planned = use.weights + use.gradients + use.states + summed_apart + use.host
+    assert sum(n for _, n in held[-1]) == pytest.approx(planned, rel=0.1)
+
+
+def storages() -> dict[int, int]:
+    """Address and bytes of the storage of every tensor."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("8x80", Machine(80 * GIB, 8)),
+        ("8xH100", Machine(int(79.1 * GIB), 8)),
+        ("2x4xa100-40+512", Machine(int(39.4 * GIB), 8, 512 * GIB, 2)),
+    ],
+)
+def test_a_machine_in_a_word(text: str, found: Machine) -> None:
+    assert Machine.parse(text) == found
+
+
+@pytest.mark.parametrize("text", ["80", "0x80", "8x0", "8xtpu", "8x80GB", "0x8x80", "8x1.2.3"])
+def test_a_machine_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"machine is '.*'; give \[HOSTSx\]GPUSxGPU\[\+GIB\], .*h100.*: 8x80, "):
+        Machine.parse(text)
+
+
+def test_a_stage_that_cannot_fit_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's memory is that of a program which is found where nvidia-smi would be."""
+    job = make_job(tmp_path, make_plan(tmp_path, 2))
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 81559\necho 1100\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    says = (
+        r"^train/tiny: peak memory of a GPU .* > 0\.0 usable of 1\.1 on each of 2; set SOLO_DEEPSPEED=.*zero3.json, use"
+    )
+    with pytest.raises(ValueError, match=says):
+        train.run(job)
+    assert not job.work.exists()
 
 
 @pytest.mark.parametrize(
