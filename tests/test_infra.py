@@ -46,7 +46,7 @@ def test_the_batch_script_is_sound() -> None:
 
 
 def test_every_setting_is_one_that_the_code_reads() -> None:
-    code = "".join(p.read_text() for folder in ("solo", "flows") for p in (CHECKOUT / folder).glob("*.py"))
+    code = "".join(p.read_text() for folder in ("solo", "flows") for p in (CHECKOUT / folder).rglob("*.py"))
     used = {
         name
         for path in INFRA.rglob("*")
