@@ -34,7 +34,7 @@ from solo.spec import Acquire, SpecError
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # a picture that is made smaller has other bytes: it is decoded whole and resized exactly
+VERSION = 3  # a picture made smaller is decoded whole and resized exactly; an odd turn's error names its field
 
 STATUSES = (
     *("ok", "duplicate_row", "bad_record", "missing_image", "no_label", "excluded_set", "empty", "bad_hash"),

@@ -144,9 +144,11 @@ def check(spec: SourceSpec, specs: Path, root: Path, at: Path | None = None) -> 
     except ValueError as error:
         raise ValueError(f"{spec.name}: {error}; {remedy(spec)}") from None
     if not good:
-        odd = next((item for status, item in first.items() if status != "excluded_set"), None)
-        what = _told(spec, location, odd) if odd else f"no record among {statuses.total()} is of this source"
-        raise ValueError(f"{spec.name}: {what}, and so for all of the first {statuses.total()} records; {remedy(spec)}")
+        odd = next((item for status, item in first.items() if status != "excluded_set"), first.get("excluded_set"))
+        so = f", and so for all of the first {statuses.total()} records"
+        raise ValueError(
+            f"{spec.name}: {_told(spec, location, odd) + so if odd else 'no record is there'}; {remedy(spec)}"
+        )
     return Probe(good, statuses, first, _missing(spec, location))
 
 

@@ -87,6 +87,19 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def odd_turn(place: str, turn: object, role: str, value: str, due: str) -> str:
+    """What is wrong with a turn of a record, by field."""
+    if not isinstance(turn, dict):
+        return f"{place} is no object"
+    for field in (role, value):
+        if field not in turn:
+            keys = [printable(str(key)[:40]) for key in sorted(turn, key=str)[:10]]
+            return f"{place}.{field} is absent; the turn has {keys}"
+    if not isinstance(turn[value], str):
+        return f"{place}.{value} is no text"
+    return f"{place}.{role} is {printable(str(turn[role])[:40])!r} where {due!r} is due"
+
+
 def canonical(record: Record) -> bytes:
     """One byte string per record; the identity of records whose upstream gives none that is surely unique."""
     return json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()

@@ -63,7 +63,27 @@ DAMAGES = [
     ("llavar", "chat_llavar.json", half, r"chat_llavar\.json: cut short at .* it ends in"),
     ("llavar", "chat_llavar.json", deeper, r"chat_llavar\.json: no such file; it lies further down, at clone/chat_"),
     ("llavar", "chat_llavar.json", renamed("conversations", "turns"), r"llavar\.json, record 1: .*conversations"),
-    ("llavar", "chat_llavar.json", renamed("image", "picture"), r"llavar\.json, record 1: .*image"),
+    (
+        "llavar",
+        "chat_llavar.json",
+        renamed("image", "picture"),
+        r"json, record 1: 1 <image> marks, but no image",
+    ),
+    (
+        "llavar",
+        "chat_llavar.json",
+        renamed("from", "role"),
+        r"record 1: conversations\[0\]\.from is absent; the turn has \['role', 'value'\]",
+    ),
+    (
+        "llavar",
+        "chat_llavar.json",
+        renamed("value", "text"),
+        r"record 1: conversations\[0\]\.value is absent",
+    ),
+    ("detailed-captions", "densecap.json", renamed("value", "text"), r"record 0: conversations\[0\]\.value is absent"),
+    ("gqa", "*.json", renamed("image", "picture"), r"mix665k\.json\[0\]: its image is not below gqa/, and so"),
+    ("vlm-sft", "all_data.jsonl", holds(b""), r"no record is there; fetch all_data"),
     (
         "llavar",
         "chat_llavar.json",

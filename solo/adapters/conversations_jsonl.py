@@ -47,7 +47,7 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures) -> Samp
     try:
         messages = dialogue(turns, n_images=0 if name is None else 1)
     except ValueError as error:
-        return Rejected(identity, "bad_record", str(error))
+        return Rejected(identity, "bad_record", f"conversations: {error}")
     data = pictures.read(name, identity) if name is not None else b""
     if isinstance(data, Rejected):
         return data

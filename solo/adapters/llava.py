@@ -16,7 +16,7 @@ from pathlib import Path
 from solo.follow_ups import FollowUps
 from solo.image_files import Names, Pictures
 from solo.sample import IMAGE, Item, Message, Rejected, Sample, make_key, text
-from solo.upstream import Record, canonical, existing, json_array
+from solo.upstream import Record, canonical, existing, json_array, odd_turn
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures, more: l
     n_marks = sum(item["type"] == "image" for message in messages for item in message["content"])
     name = record.get("image")
     if n_marks != (0 if name is None else 1):
-        return Rejected(identity, "bad_record", f"{n_marks} {MARK} marks; a record with an image needs exactly one")
+        why = "but no image" if name is None else "a record with an image needs exactly one"
+        return Rejected(identity, "bad_record", f"{n_marks} {MARK} marks, {why}")
     data = pictures.read(name, identity) if name is not None else b""
     if isinstance(data, Rejected):
         return data
@@ -81,10 +82,10 @@ def _messages(turns: object) -> tuple[Message, ...]:
         value = turn.get("value") if isinstance(turn, dict) else None
         role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if not isinstance(value, str) or role != ("user", "assistant")[i % 2]:
-            raise ValueError(f"turn {i} is not the {('human', 'gpt')[i % 2]} turn that is due")
+            raise ValueError(odd_turn(f"conversations[{i}]", turn, "from", "value", ("human", "gpt")[i % 2]))
         content = _split(value) if role == "user" else [text(value)]
         if not any(item["type"] == "image" or item["text"].strip() for item in content):
-            raise ValueError(f"turn {i} is empty")
+            raise ValueError(f"conversations[{i}].value is empty")
         messages.append({"role": role, "content": content})
     return tuple(messages)
 

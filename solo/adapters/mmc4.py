@@ -47,7 +47,7 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures, strict:
         elif strict:
             return data
     if not before:
-        return Rejected(place, "missing_image", "the document has no picture")
+        return Rejected(place, "missing_image", "image_info names no picture that is there")
     content: list[Item] = []
     for i, sentence in enumerate(sentences):
         content += [IMAGE for _ in before.get(i, ())]

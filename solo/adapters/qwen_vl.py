@@ -12,7 +12,7 @@ from pathlib import Path
 
 from solo.image_files import Names, Pictures
 from solo.sample import IMAGE, Item, Message, Rejected, Sample, make_key, text
-from solo.upstream import Record, canonical, existing, json_array
+from solo.upstream import Record, canonical, existing, json_array, odd_turn
 
 ROLES = ("user", "assistant")
 TAG = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
@@ -42,7 +42,8 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures, caption
     for i, turn in enumerate(turns):
         value = turn.get("value") if isinstance(turn, dict) else None
         if not isinstance(value, str) or turn.get("from") != ROLES[i % 2]:
-            return Rejected(identity, "bad_record", f"turn {i} is not the {ROLES[i % 2]} turn that is due")
+            why = odd_turn(f"conversations[{i}]", turn, "from", "value", ROLES[i % 2])
+            return Rejected(identity, "bad_record", why)
         content: list[Item] = []
         for j, part in enumerate(TAG.split(value)):
             if j % 2:
@@ -54,7 +55,7 @@ def _sample(place: str, record: Record, source: str, pictures: Pictures, caption
             elif part.strip():
                 content.append(text(part))
         if not content:
-            return Rejected(identity, "empty" if i % 2 else "bad_record", f"turn {i} is empty")
+            return Rejected(identity, "empty" if i % 2 else "bad_record", f"conversations[{i}].value is empty")
         messages.append({"role": ROLES[i % 2], "content": content})
     if caption_only:
         answers = [item for message in messages[1::2] for item in message["content"]]

@@ -36,19 +36,24 @@ def read(  # noqa: PLR0913 - one argument for each field of the spec
         items = turns if isinstance(turns, list) else [None]
         said = [(roles.get(str(t.get(role))), t.get(content)) if isinstance(t, dict) else (None, None) for t in items]
         pictures = cell_pictures(row.get(images), place) if images else []
-        yield pictures if isinstance(pictures, Rejected) else _sample(place, said, pictures, source)
+        yield pictures if isinstance(pictures, Rejected) else _sample(place, said, pictures, source, (role, content))
 
 
-def _sample(place: str, said: list[tuple[str | None, object]], pictures: list[bytes], source: str) -> Sample | Rejected:
+def _sample(
+    place: str, said: list[tuple[str | None, object]], pictures: list[bytes], source: str, fields: tuple[str, str]
+) -> Sample | Rejected:
     if not said:
         return Rejected(place, "empty", "the conversation has no turns")
     system: tuple[Message, ...] = ()
     if said[0][0] == "system" and isinstance(said[0][1], str):
         system = ({"role": "system", "content": [text(said[0][1])]},) if said[0][1].strip() else ()
         said = said[1:]
-    for i, (role, _) in enumerate(said):
-        if role != ("user", "assistant")[i % 2]:
-            return Rejected(place, "bad_record", f"turn {i} is not the {('user', 'assistant')[i % 2]} turn that is due")
+    for i, (role, value) in enumerate(said):
+        due = ("user", "assistant")[i % 2]
+        if role != due:
+            return Rejected(place, "bad_record", f"turn {i} is not the {due} turn that is due (field {fields[0]})")
+        if not isinstance(value, str):
+            return Rejected(place, "bad_record", f"turn {i} has no text (field {fields[1]})")
     try:
         messages = system + dialogue([value for _, value in said], n_images=len(pictures))
     except ValueError as error:

@@ -31,6 +31,6 @@ def _sample(place: str, record: Record, source: str) -> Sample | Rejected:
     try:
         messages = dialogue(turns, n_images=0)
     except ValueError as error:
-        return Rejected(place, "bad_record", str(error))
+        return Rejected(place, "bad_record", f"data: {error}")
     meta = {"id": place, **({"upstream_id": record["id"]} if isinstance(record.get("id"), str) else {})}
     return Sample(make_key(source, canonical(record)), source, (), messages, meta)
