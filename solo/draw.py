@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
@@ -39,7 +38,7 @@ ORDER BY ALL
 """
 EXCLUDED_TOTALS = """
 SELECT source, reason, count(*) AS n_samples, CAST(sum(n_tokens) AS BIGINT) AS n_tokens
-FROM read_parquet($excluded)
+FROM excluded
 GROUP BY ALL
 ORDER BY ALL
 """
@@ -59,7 +58,7 @@ WITH hashed AS (
 SELECT hashed.* FROM hashed JOIN draws ON draws.side = hashed.side AND hash < upto{left_out}
 """
 LEFT_OUT = """
-ANTI JOIN read_parquet($excluded) AS excluded ON excluded.key = hashed.key"""
+ANTI JOIN excluded ON excluded.key = hashed.key"""
 # Where a rest ends in hash order: sums over 4,096 stretches of that order find the stretch, so only one of them is
 # sorted. Keys are unique in a source, so hashes are.
 EDGES = """
@@ -87,18 +86,24 @@ SELECT side, min(hash) AS edge FROM last WHERE cumulative > rest GROUP BY side
 """
 # A sample before its source's edge is seen once more than the others; a source with a rest of 0 has no edge. Shard and
 # offset order what a key should tell apart.
-LOCK = """
+COLUMNS = """
 SELECT key, source, CAST(shard AS INTEGER) AS shard, CAST("offset" AS BIGINT) AS "offset",
   CAST(length AS BIGINT) AS length, template, CAST(n_images AS INTEGER) AS n_images,
   CAST(n_patches AS INTEGER) AS n_patches, CAST(n_text_tokens AS INTEGER) AS n_text_tokens,
   CAST(n_loss_tokens AS INTEGER) AS n_loss_tokens, CAST(n_tokens AS INTEGER) AS n_tokens,
-  CAST(whole + IF(hash < edge, 1, 0) AS INTEGER) AS n_repeats
-FROM reached JOIN draws USING (side) LEFT JOIN edges USING (side)
-WHERE whole > 0 OR hash < edge
+  CAST({n_repeats} AS INTEGER) AS n_repeats
+FROM {rows}
 ORDER BY source, key, shard, "offset"
 """
+LOCK = COLUMNS.format(
+    n_repeats="whole + IF(hash < edge, 1, 0)",
+    rows="""reached JOIN draws USING (side) LEFT JOIN edges USING (side)
+WHERE whole > 0 OR hash < edge""",
+)
+LOCK_OF_SQL = COLUMNS.format(n_repeats="n_repeats", rows="samples JOIN asked USING (source, key)")
 DRAWN = """
-SELECT source, count(*) AS n_samples, CAST(sum(n_repeats) AS BIGINT) AS n_exposures, {sums}
+SELECT source, count(*) AS n_samples, CAST(sum(n_repeats) AS BIGINT) AS n_exposures,
+  CAST(coalesce(sum(n_repeats * n_tokens::BIGINT) FILTER (n_images = 0), 0) AS BIGINT) AS n_text_only_tokens, {sums}
 FROM read_parquet($lock)
 GROUP BY source
 """
@@ -109,12 +114,12 @@ Totals = dict[str, dict[str | None, tuple[int, int]]]  # source -> reason (None:
 def judge(con: duckdb.DuckDBPyConnection, ledgers: Sequence[Ledger]) -> str:
     """Create the view `samples` over all ledgers; returns it as the lock keeps it, without a path of this machine."""
     con.execute(_judged(ledgers, {c.name: literal(c.files) for c in ledgers}))
-    return _judged(ledgers, {c.name: f"${named(c.name)}" for c in ledgers})
+    return _judged(ledgers, named(ledgers))
 
 
-def named(source: str) -> str:
-    """The parameter that stands for a source's files."""
-    return f"files_{source.replace('-', '_')}"
+def named(ledgers: Sequence[Ledger]) -> dict[str, str]:
+    """The parameter that stands for each source's files in what the lock keeps."""
+    return {c.name: f"$files_{c.name.replace('-', '_')}" for c in ledgers}
 
 
 def _judged(ledgers: Sequence[Ledger], files: Mapping[str, str]) -> str:
@@ -125,12 +130,12 @@ def _judged(ledgers: Sequence[Ledger], files: Mapping[str, str]) -> str:
     return SAMPLES.format(branches="\nUNION ALL".join(branches))
 
 
-def totals(con: duckdb.DuckDBPyConnection, ledgers: Sequence[Ledger], excluded: Path | None) -> Totals:
+def totals(con: duckdb.DuckDBPyConnection, ledgers: Sequence[Ledger], *, excluded: bool) -> Totals:
     """What each source has, by the reason that leaves it out; a source without a row is absent."""
     found: Totals = {}
     for side, reason, n, n_tokens in con.execute(TOTALS).fetchall():
         found.setdefault(ledgers[side].name, {})[reason] = (int(n), int(n_tokens))
-    for source, reason, n, n_tokens in _excluded(con, excluded):
+    for source, reason, n, n_tokens in con.execute(EXCLUDED_TOTALS).fetchall() if excluded else ():
         own = found[source]
         own[reason] = (int(n), int(n_tokens))
         left = (own[None][0] - int(n), own[None][1] - int(n_tokens))
@@ -140,28 +145,18 @@ def totals(con: duckdb.DuckDBPyConnection, ledgers: Sequence[Ledger], excluded: 
     return found
 
 
-def _excluded(con: duckdb.DuckDBPyConnection, excluded: Path | None) -> list[tuple[Any, ...]]:
-    return con.execute(EXCLUDED_TOTALS, {"excluded": str(excluded)}).fetchall() if excluded else []
-
-
 def write(
-    con: duckdb.DuckDBPyConnection,
-    draws: Sequence[tuple[Draw, int, int]],
-    path: Path,
-    *,
-    seed: str,
-    excluded: Path | None,
+    con: duckdb.DuckDBPyConnection, draws: Sequence[tuple[Draw, int, int]], path: Path, *, seed: str, excluded: bool
 ) -> list[str]:
     """Write the lock of `draws` (with each source's eligible samples and tokens, in order); returns its queries."""
     rests = [side for side, (draw, _, _) in enumerate(draws) if draw.rest]
     hashed = f"IF(side IN ({', '.join(map(str, rests))}), md5(key || $seed), '')" if rests else "''"
     reached = REACHED.format(hash=hashed, left_out=LEFT_OUT if excluded else "")
-    given = ({"seed": seed} if rests else {}) | ({"excluded": str(excluded)} if excluded else {})
     upto = [_upto(*draw) for draw in draws]
     while True:
         table = DRAWS.format(rows=",\n".join(_values(draws, upto)))
-        for sql, values in ((table, {}), (reached, given), (EDGES, {})):
-            con.execute(sql, values or None)
+        for sql, values in ((table, None), (reached, {"seed": seed} if rests else None), (EDGES, None)):
+            con.execute(sql, values)
         # A few long samples may hold most tokens: then the rest does not end where it should.
         edged = {side for (side,) in con.execute("SELECT side FROM edges").fetchall()}
         if not (open_ended := [side for side in rests if side not in edged]):
@@ -190,4 +185,5 @@ def drawn(con: duckdb.DuckDBPyConnection, lock: Path, columns: Sequence[str]) ->
     """Samples, exposures and the sums of `columns` with repeats, by source, from the file written."""
     sums = ", ".join(f"CAST(sum(n_repeats * {c}::BIGINT) AS BIGINT) AS {c}" for c in columns)
     rows = con.execute(DRAWN.format(sums=sums), {"lock": str(lock)}).fetchall()
-    return {row[0]: dict(zip(("n_samples", "n_exposures", *columns), row[1:], strict=True)) for row in rows}
+    names = ("n_samples", "n_exposures", "n_text_only_tokens", *columns)
+    return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}

@@ -11,14 +11,15 @@ Two countings stand side by side. `packs`, `steps` and the tokens are the paper'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from solo import amounts
 from solo.artifact import Manifest
 from solo.location import UNPINNED
-from solo.spec import MixSource, MixSpec, ModelSpec, RecipeSpec, SourceSpec, Stage, load
+from solo.spec import MixSpec, ModelSpec, RecipeSpec, SourceSpec, Stage, load
 
 PAPER_PACK_TOKENS = 32_768
 FILL = 0.999  # of a best-fit pack; `solo bench pack` measures it
@@ -57,6 +58,11 @@ class Use:
         """Of the inventory."""
         return self.text_tokens + self.vision_tokens
 
+    @property
+    def held(self) -> float:
+        """What weights are shares of: the paper's packs, full or not, else the tokens."""
+        return self.packs * PAPER_PACK_TOKENS if self.packs else self.tokens
+
 
 @dataclass
 class StageEstimate:
@@ -89,11 +95,11 @@ def of_recipe(name: str, specs: Path, packed: Mapping[str, Manifest]) -> list[St
     seen: set[str] = set()  # locations whose download and CPU time an earlier stage has paid
     for stage in recipe.stages:
         mix = load(MixSpec, stage.mix, specs)
-        uses = [_use(m, load(SourceSpec, m.source, specs), mix, stage) for m in mix.sources]
+        uses = [use for m in mix.sources if (use := _use(load(SourceSpec, m.source, specs), stage)) is not None]
         if stage.mix in packed:
             one = _made(stage, packed[stage.mix])
-        elif all(use is not None for use in uses):
-            one = _expected(stage, mix, [use for use in uses if use is not None], seen)
+        elif len(uses) == len(mix.sources):
+            one = _expected(stage, mix, _drawn(mix, uses), seen)
         else:
             one = StageEstimate(stage.name, "unknown", notes=[f"{stage.name}: its sources state no expected counts"])
         _price(one, recipe.model)
@@ -130,7 +136,7 @@ def published_bytes(source: SourceSpec) -> int | None:
     return round(vision * BYTES_OF_A_PATCH + text * BYTES_OF_A_TOKEN * COMPRESSED)
 
 
-def _use(m: MixSource, source: SourceSpec, mix: MixSpec, stage: Stage) -> Use | None:
+def _use(source: SourceSpec, stage: Stage) -> Use | None:
     e = source.expected
     if e is None or (e.samples is None and e.text_tokens is None):
         return None
@@ -140,27 +146,33 @@ def _use(m: MixSource, source: SourceSpec, mix: MixSpec, stage: Stage) -> Use | 
     images = 0 if source.modality == "text" else e.images if e.images is not None else samples
     text = e.text_tokens if e.text_tokens is not None else samples * TEXT_TOKENS_OF_A_CONVERSATION
     vision = e.vision_tokens if e.vision_tokens is not None else images * PATCHES_OF_AN_IMAGE
-    held = packs * PAPER_PACK_TOKENS if packs else text + vision
-    truncated = max(0.0, text + vision - held)
-    if m.samples is not None:
-        epochs = m.samples / samples if samples else 0.0
-    elif m.weight is not None:
-        epochs = m.weight * (mix.budget_tokens or 0) / held
-    else:
-        epochs = m.epochs or 0.0
+    truncated = max(0.0, text + vision - packs * PAPER_PACK_TOKENS) if packs else 0.0
     assumed = e.text_tokens is None or e.vision_tokens is None
-    return Use(source, samples, packs, text, vision, truncated, epochs, assumed)
+    return Use(source, samples, packs, text, vision, truncated, 1.0, assumed)
+
+
+def _drawn(mix: MixSpec, uses: Sequence[Use]) -> list[Use]:
+    """How often each inventory is drawn, by the arithmetic of curate; a mix by sql is taken to draw it once."""
+    if mix.sql is not None:
+        return list(uses)
+    there = {use.source.name: (max(1, round(use.samples)), max(1, round(use.held))) for use in uses}
+    draws, _ = amounts.of(mix, there)
+    found = []
+    for use in uses:
+        draw, (n_samples, n_tokens) = draws[use.source.name], there[use.source.name]
+        found.append(replace(use, epochs=draw.whole + draw.rest / (n_samples if draw.in_samples else n_tokens)))
+    return found
 
 
 def _expected(stage: Stage, mix: MixSpec, uses: Sequence[Use], seen: set[str]) -> StageEstimate:
     one = StageEstimate(stage.name, "expected")
-    weighted = mix.budget_tokens is not None
+    weighted = bool(mix.budgets)
     if stage.pack_by == "sample":
         one.packs = one.packs_here = round(sum(use.samples * use.epochs for use in uses))
         one.steps = one.steps_here = one.packs // stage.batch_packs
         one.packs_drawn = one.steps * stage.batch_packs
     else:
-        drawn = mix.budget_tokens or sum(use.tokens * use.epochs for use in uses)
+        drawn = sum((use.held if weighted else use.tokens) * use.epochs for use in uses)
         one.packs_here = round(drawn / stage.pack_tokens / (1.0 if weighted else FILL))
         one.steps_here = one.packs_here // stage.batch_packs
         if all(use.packs for use in uses):
@@ -205,12 +217,13 @@ def _bytes_and_cpu(one: StageEstimate, uses: Sequence[Use], seen: set[str]) -> N
 def _notes(one: StageEstimate, stage: Stage, mix: MixSpec, uses: Sequence[Use]) -> list[str]:
     said = []
     assert one.packs is not None and one.packs_here is not None
-    if mix.budget_tokens is not None:
+    if mix.budgets:
         drawn = ", ".join(
             f"{u.source.name} {u.epochs * (u.packs or u.tokens / stage.pack_tokens):,.0f} packs ({u.epochs:.2f} epochs)"
             for u in uses
         )
         said.append(f"drawn by weight: {drawn}; packs and tokens of the table are the inventory, as in Table 1")
+    said += _of_mix(mix, uses)
     for use in uses:
         if use.truncated_tokens:
             more = use.truncated_tokens / stage.pack_tokens
@@ -232,6 +245,26 @@ def _notes(one: StageEstimate, stage: Stage, mix: MixSpec, uses: Sequence[Use]) 
             f"{PATCHES_OF_AN_IMAGE} patches an image are assumed"
         )
     return [f"{stage.name}: {text}" for text in said]
+
+
+def _of_mix(mix: MixSpec, uses: Sequence[Use]) -> Iterator[str]:
+    """What of a mix only its ledgers can tell, and what its counts foresee of its limits."""
+    if mix.sql is not None:
+        yield "its sql says what is drawn: each source is taken once here; curate counts it"
+    for m in mix.sources:
+        for name in m.quotas:
+            yield f"{m.source}: quota {name} needs the classes of the ledger: taken as leaving out nothing here"
+    if mix.quotas:
+        there = {use.source.name: (max(1, round(use.samples)), max(1, round(use.held))) for use in uses}
+        for category, q in amounts.of(mix, there)[1].items():
+            bites = "cuts" if q["asked"] > q["most"] else "does not cut"
+            yield f"quota of {category}, {q['most']:,} {q['unit']}, {bites} the {q['asked']:,} asked for"
+    if mix.text_share is not None:
+        text = sum(use.tokens * use.epochs for use in uses if use.source.modality == "text")
+        share = text / max(1.0, sum(use.tokens * use.epochs for use in uses))
+        need = f"{mix.text_share.least:g} ... {mix.text_share.most:g}"
+        inside = mix.text_share.least <= share <= mix.text_share.most
+        yield f"text-only sources give {share:.3f} of the tokens, {'inside' if inside else 'OUTSIDE'} {need}"
 
 
 def _made(stage: Stage, manifest: Manifest) -> StageEstimate:

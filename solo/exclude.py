@@ -1,12 +1,13 @@
 """Exclude: which samples of a mix may not be drawn, because another source or a benchmark holds them too.
 
-In: the mix's ledgers, `unique`, `near` and `decontaminate` of its spec. Out: `excluded.parquet` (key, source, reason,
-winner and its source) and `contamination.parquet` (one row per benchmark, item and sample). Invariants: only samples
-that pass their source's predicates compete; contaminated ones go first; of twins in several sources the one whose
-source is listed first in the mix stays, then the one of the smallest key, and repeats within one source are left to
-its filter; a winner may itself not be drawn for want of budget. Nothing is written, and the lock stays as it was,
-where the mix asks for none of it. Cost: one scan of the columns compared, solo/duplicates.py's joins,
-solo/decontaminate.py's scan of text.
+In: the mix's ledgers, `unique`, `near` and `decontaminate` of its spec. Out: table `excluded` (key, source, reason,
+tokens, winner and its source), to which solo/quotas.py adds what is over a quota before it becomes `excluded.parquet`,
+and `contamination.parquet` (one row per benchmark, item and sample). Invariants: only samples that pass their source's
+predicates compete; contaminated ones go first; of twins in several sources the one whose source is listed first in the
+mix stays, then the one of the smallest key, and repeats within one source are left to its filter; a winner may itself
+not be drawn for want of budget. Nothing is written, and the lock stays as it was, where the mix asks for none of it.
+Cost: one scan of the columns compared, solo/duplicates.py's joins, solo/decontaminate.py's scan of text; where only
+equal values are compared, one scan of their sums and a second one that keeps just what several sources hold.
 """
 
 from __future__ import annotations
@@ -66,6 +67,16 @@ COPY ({rows}) TO {path} (
 )
 """
 SORTED = "FROM excluded ORDER BY source, key"
+NOTHING = """
+CREATE OR REPLACE TEMP TABLE excluded (
+  key VARCHAR, source VARCHAR, reason VARCHAR, n_tokens BIGINT, winner VARCHAR, winner_source VARCHAR
+)
+"""
+# As the lock keeps it: what other sources and benchmarks leave out is found by more than SQL, so it is read here.
+KEPT = f"""
+CREATE OR REPLACE TEMP TABLE excluded AS
+FROM read_parquet($excluded) WHERE winner IS NOT NULL OR reason = '{CONTAMINATED}'
+"""
 COUNTED = """
 SELECT source, reason, winner_source, count(*) AS samples
 FROM excluded GROUP BY ALL ORDER BY source, reason, winner_source NULLS FIRST
@@ -105,10 +116,9 @@ class Ledger:
 
 
 def run(job: Job, mix: MixSpec, con: duckdb.DuckDBPyConnection, ledgers: list[Ledger]) -> dict[str, Any]:
-    """Write the two files; returns what the manifest says of them, nothing where the mix compares nothing."""
+    """Table `excluded` and the file of hits; returns what the manifest says, nothing if nothing is compared."""
     if not (mix.unique or mix.near != type(mix.near)() or mix.decontaminate):
         return {}
-    _check_names(mix)
     _gather(con, mix, ledgers)
     wanted = decontaminate.benchmarks(job, job.spec.get("benchmarks", {}))
     absent = set(mix.decontaminate) - {b.name for b in wanted}
@@ -118,13 +128,17 @@ def run(job: Job, mix: MixSpec, con: duckdb.DuckDBPyConnection, ledgers: list[Le
     con.execute(JUDGED, {"contaminated": CONTAMINATED})
     duplicates.drop(con, mix.unique, mix.near, job.work)
     con.execute(EXCLUDED)
-    write(con, SORTED, job.out / EXCLUDED_FILE)
     if wanted:
         write_table(job.out / HITS_FILE, hits, row_group=ROW_GROUP)
-    found = con.sql(COUNTED).to_arrow_table().to_pylist()
-    con.execute("DROP TABLE judged; DROP TABLE excluded; DROP VIEW evidence; DROP TABLE ranked; DROP VIEW eligible")
+    con.execute("DROP TABLE judged; DROP VIEW evidence; DROP TABLE ranked; DROP VIEW eligible")
     con.unregister("hits")
-    return {"excluded": found, "contamination": decontaminate.summary(wanted, hits)}
+    return {"contamination": decontaminate.summary(wanted, hits)}
+
+
+def seal(con: duckdb.DuckDBPyConnection, path: Path) -> list[dict[str, Any]]:
+    """Write table `excluded`; returns samples by source, reason and the source that keeps their twin."""
+    write(con, SORTED, path)
+    return list(con.sql(COUNTED).to_arrow_table().to_pylist())
 
 
 def write(con: duckdb.DuckDBPyConnection, rows: str, path: Path) -> None:
@@ -132,12 +146,18 @@ def write(con: duckdb.DuckDBPyConnection, rows: str, path: Path) -> None:
     con.execute(WRITE.format(rows=rows.strip(), path=literal(str(path)), row_group=ROW_GROUP))
 
 
-def _check_names(mix: MixSpec) -> None:
-    reserved = {CONTAMINATED, *duplicates.reasons(mix.unique, mix.near)}
+def check_names(mix: MixSpec) -> None:
+    """Refuse a predicate or quota that has the name of a reason which the mix gives itself."""
+    reserved = reasons(mix)
     for source in mix.sources:
         if taken := sorted(reserved & set(source.where)):
             where = f"mixes/{mix.name}.yaml: sources.{source.source}.where.{taken[0]}"
             raise SpecError(f"{where}: that is a reason the mix gives itself; rename the predicate")
+
+
+def reasons(mix: MixSpec) -> set[str]:
+    """Why a mix leaves samples out that pass its predicates."""
+    return {CONTAMINATED, *duplicates.reasons(mix.unique, mix.near)}
 
 
 def _gather(con: duckdb.DuckDBPyConnection, mix: MixSpec, ledgers: list[Ledger]) -> None:

@@ -134,6 +134,11 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
             [f"shard/{s.source}" for s in mix.sources],
         )
     for stage, mix in zip(recipe.stages, mixes, strict=True):
+        if mix.pack_tokens not in (None, stage.pack_tokens):
+            raise SpecError(
+                f"{specs / f'mixes/{mix.name}.yaml'}: pack_tokens is {mix.pack_tokens}, but stage {stage.name} packs "
+                f"{stage.pack_tokens}; make them equal"
+            )
         pack = {key: getattr(stage, key) for key in ("pack_tokens", "pack_by", "batch_packs")}
         shards = [f"shard/{s.source}" for s in mix.sources]  # read by the proof that documents of a pack are apart
         if recipe.held_out:

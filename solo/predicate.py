@@ -27,23 +27,30 @@ CLASSES |= {"LAMBDA", "LAMBDA_REF", "OPERATOR", "STAR", "TYPE"}
 
 
 def check(
-    con: duckdb.DuckDBPyConnection, samples: duckdb.DuckDBPyRelation, predicates: Mapping[str, str], where: str
+    con: duckdb.DuckDBPyConnection,
+    samples: duckdb.DuckDBPyRelation,
+    predicates: Mapping[str, str],
+    where: str,
+    *,
+    boolean: bool = True,
 ) -> None:
-    """Compile each predicate alone; `where` is the file and field that errors name."""
+    """Compile each predicate (or value of any type) alone; `where` is the file and field that errors name."""
     columns = samples.columns
-    unstable = _unstable() - {column.lower() for column in columns}
+    volatile = unstable() - {column.lower() for column in columns}
     for name, predicate in predicates.items():
         field = f"{where}.{name}"
         try:
             # Before it is bound: a subquery that names a file would open it.
-            for wrong in _unfit(con, predicate, unstable):
+            for wrong in _unfit(con, predicate, volatile):
                 raise SpecError(f"{field}: {wrong} is not a fixed function of one sample; use its columns only")
             expression = SQLExpression(predicate)
             samples.filter(expression)  # as a WHERE clause it may hold no aggregate
             kinds = [str(kind) for kind in samples.select(expression).types]
         except duckdb.Error as error:
             raise SpecError(f"{field}: {one_line(error)}; columns are {columns}") from None
-        if kinds != ["BOOLEAN"]:
+        if not boolean and len(kinds) != 1:
+            raise SpecError(f"{field}: {predicate!r} is {len(kinds)} values, not one; write one expression")
+        if boolean and kinds != ["BOOLEAN"]:
             raise SpecError(f"{field}: {predicate!r} is {', '.join(kinds)}, not one BOOLEAN; write a comparison")
 
 
@@ -63,13 +70,13 @@ def one_line(error: duckdb.Error) -> str:
 
 
 @cache
-def _unstable() -> frozenset[str]:
-    """Of DuckDB itself; to ask for each source of a mix took a tenth of the time of curating it."""
+def unstable() -> frozenset[str]:
+    """Functions whose answer is another at another time; to ask for each source took a tenth of curating a mix."""
     with duckdb.connect() as con:
         return frozenset(name for (name,) in con.execute(UNSTABLE).fetchall())
 
 
-def _unfit(con: duckdb.DuckDBPyConnection, predicate: str, unstable: frozenset[str]) -> Iterator[str]:
+def _unfit(con: duckdb.DuckDBPyConnection, predicate: str, volatile: frozenset[str]) -> Iterator[str]:
     """What is no expression, subqueries, windows and unstable functions, anywhere in DuckDB's parse tree."""
     nodes: list[Any] = [json.loads(parsed) for (parsed,) in con.execute(PARSED, {"predicate": predicate}).fetchall()]
     while nodes:
@@ -83,4 +90,4 @@ def _unfit(con: duckdb.DuckDBPyConnection, predicate: str, unstable: frozenset[s
             if node.get("from_table", {"type": "EMPTY"})["type"] != "EMPTY":
                 yield "a FROM"
             names = [node.get("function_name", ""), *node.get("column_names", [])]  # current_date parses as a column
-            yield from (f"{name}()" for name in names if name.lower() in unstable)
+            yield from (f"{name}()" for name in names if name.lower() in volatile)

@@ -14,10 +14,12 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
+from solo.mix_spec import MixSource, MixSpec, Near
 from solo.objective import Group, GroupName, HeldOut, check_continued, check_groups
 from solo.strict import Spec, SpecError, off
 
-__all__ = ["Spec", "SpecError"]  # of solo/strict.py; every reader of specs knows them from here
+# Of solo/strict.py and solo/mix_spec.py; every reader of specs knows them from here.
+__all__ = ["MixSource", "MixSpec", "Near", "Spec", "SpecError"]
 
 from solo.location import UNPINNED, check
 
@@ -56,20 +58,6 @@ class Acquire(Spec):
     )
     sha256: dict[str, str] = Field(default={}, description="name -> SHA-256 of a file that is fetched")
     loopback_ports: dict[str, int] = Field(default={}, description="host name -> port of 127.0.0.1: a local mirror")
-
-
-class Near(Spec):
-    """How alike two samples may be before one of them is dropped; what is left out is not compared."""
-
-    image: int | None = Field(default=None, ge=0, le=3, description="bits of 64 in which `phash` may differ")
-    colour: int | None = Field(default=None, ge=0, le=255, description="and levels in which `colours` may differ")
-    text: float | None = Field(default=None, ge=0.7, le=1, description="share of equal minima in `minhash`")
-
-    @model_validator(mode="after")
-    def _colour_of_an_image(self) -> Near:
-        if self.colour is not None and self.image is None:
-            raise ValueError("colour narrows what image finds; give image (0..3) too")
-        return self
 
 
 class Filter(Spec):
@@ -152,47 +140,6 @@ class SourceSpec(Spec):
     @model_validator(mode="after")
     def _fetchable(self) -> SourceSpec:
         check(self)
-        return self
-
-
-class MixSource(Spec):
-    """One source's share in a mix; exactly one of `weight`, `epochs` and `samples` says how much."""
-
-    source: str
-    weight: float | None = Field(default=None, gt=0, description="share of the mix's budget_tokens")
-    epochs: float | None = Field(default=None, gt=0)
-    samples: int | None = Field(default=None, gt=0)
-    max_epochs: float | None = Field(default=None, gt=0, description="cap on repeats when drawn by weight")
-    where: dict[str, str] = Field(default={}, description="name -> SQL over ledger columns; not true = dropped")
-
-    @model_validator(mode="after")
-    def _one_amount(self) -> MixSource:
-        given = [k for k in ("weight", "epochs", "samples") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(f"{self.source}: give exactly one of weight, epochs, samples; got {given or 'none'}")
-        return self
-
-
-class MixSpec(Spec):
-    """The samples of one training stage, as a query over ledgers."""
-
-    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
-    title: str
-    seed: int
-    budget_tokens: int | None = Field(default=None, gt=0, description="required iff a source is drawn by weight")
-    unique: tuple[str, ...] = Field(default=(), description="as a source's, across sources: the first listed wins")
-    near: Near = Field(default=Near(), description="as a source's, across sources: the first listed wins")
-    decontaminate: tuple[str, ...] = Field(default=(), description="benchmarks whose items may not be in the mix")
-    sources: tuple[MixSource, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _budget(self) -> MixSpec:
-        weighted = [s.source for s in self.sources if s.weight is not None]
-        if bool(weighted) != (self.budget_tokens is not None):
-            raise ValueError(f"budget_tokens is needed exactly when a source has a weight; weights on: {weighted}")
-        names = [s.source for s in self.sources]
-        if len(set(names)) != len(names):
-            raise ValueError(f"a source appears twice in sources: {names}")
         return self
 
 

@@ -1,19 +1,16 @@
 """SQL: a locked DuckDB over every finished artifact of a data root, for questions nobody foresaw.
 
 In: a data root and one query. Out: columns and rows. Invariants: a query is a SELECT over the views of `VIEWS`, so it
-changes nothing, and reads no file but theirs; each row names its artifact. Two locks, each enough alone for a read:
-the parse tree is held against a list of what may stand in it (in DuckDB 2.0 a CTE may hold a COPY or an INSERT), and
-DuckDB itself may open the files of the views and no other. Cost: one stat per file of an artifact, then the footers of
-the views that the query names; memory and scratch are capped.
+changes nothing, and reads no file but theirs (solo/query.py); each row names its artifact. Cost: one stat per file of
+an artifact, then the footers of the views that the query names; memory and scratch are capped.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +28,7 @@ from solo.exclude import literal
 from solo.filter import FIXED, VERDICT
 from solo.pack_plan import PACKS, PLAN
 from solo.predicate import one_line
+from solo.query import QueryError, check, lock
 from solo.shard import PLACE
 
 MEMORY_SHARE = 0.5  # of the machine's; the rest stays with whoever is running a recipe beside the query
@@ -76,16 +74,8 @@ VIEWS = {
 }
 CATALOG = "views"  # the table that lists the others
 ALL = "_all"  # with this at its end a view holds every artifact, not only the one made last under each name
-
-# What may stand in a query's tree. Table functions that make rows from their arguments; all others read something.
-NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
-TABLE_FUNCTIONS = {"range", "generate_series", "unnest", "json_each", "json_tree", "repeat", "repeat_row"}
-REFUSED_FUNCTIONS = {"write_log", "sleep_ms", "nextval", "setval", "currval", "getvariable", "current_setting"}
-PARSED = "SELECT json_serialize_sql($text)"
-
-
-class QueryError(ValueError):
-    """A query that is refused or fails, in one line."""
+KNOWN = frozenset({CATALOG, *VIEWS, *(name + ALL for name in VIEWS)})
+VIEWS_ARE = f"views are {', '.join((*VIEWS, CATALOG))}, and each with {ALL}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ class Session:
         self._newest = newest(self.artifacts)
         self._made: set[str] = set()
         memory = memory_bytes or int(psutil.virtual_memory().total * MEMORY_SHARE)
-        self._con = lock(scratch, self._files(), memory_bytes=memory)
+        self._con = lock(scratch, files=self._files(), memory_bytes=memory, scratch_bytes=SCRATCH_BYTES)
         self._parser = duckdb.connect()
         self._con.from_arrow(catalog()).create(CATALOG)
 
@@ -116,7 +106,7 @@ class Session:
     def ask(self, text: str) -> Answer:
         """The rows of one query; QueryError where it is no query, names what there is not, or fails."""
         try:
-            names = check(self._parser, text)
+            names = check(self._parser, text, KNOWN, VIEWS_ARE) & KNOWN
             for name in sorted(names):
                 self._make(name)
             found = self._con.execute(text)
@@ -161,25 +151,6 @@ def session(root: Path, *, memory_bytes: int | None = None) -> Iterator[Session]
             opened.close()
 
 
-def lock(scratch: Path, files: Sequence[str], *, memory_bytes: int) -> duckdb.DuckDBPyConnection:
-    """A DuckDB that can open `files` and its scratch, has no extension, and whose settings are final."""
-    config: dict[str, str | bool | int | float | list[str]] = {
-        "temp_directory": str(scratch),
-        "max_temp_directory_size": f"{SCRATCH_BYTES}B",
-        "memory_limit": f"{memory_bytes}B",
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-        "allow_community_extensions": False,
-        "allow_persistent_secrets": False,
-    }
-    con = duckdb.connect(config=config)
-    con.execute("SET python_enable_replacements = FALSE")  # else a table's name could be a variable of this program
-    con.execute(f"SET allowed_paths = {literal(list(files))}")
-    con.execute("SET enable_external_access = FALSE")
-    con.execute("SET lock_configuration = TRUE")
-    return con
-
-
 def finished(root: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
     """Every whole artifact under a data root in order of its path, and what is wrong with the others."""
     good, bad = [], []
@@ -208,57 +179,6 @@ def catalog() -> pa.Table:
     rows = [{"view": n, "part": v.part, "holds": v.what} for n, v in VIEWS.items()]
     rows += [{"view": n + ALL, "part": v.part, "holds": "the same, with older artifacts"} for n, v in VIEWS.items()]
     return pa.Table.from_pylist(rows)
-
-
-def check(parser: duckdb.DuckDBPyConnection, text: str) -> set[str]:
-    """The views that a query names; QueryError unless it is one SELECT over them and nothing else."""
-    ((parsed,),) = parser.execute(PARSED, {"text": text}).fetchall()
-    tree = json.loads(parsed)
-    if tree["error"]:
-        # A syntax error has its place; any other statement has a message that speaks of JSON.
-        said = one_line(duckdb.Error(tree["error_message"]))
-        raise QueryError(f"sql: {said}" if tree.get("position") else "sql: only SELECT is answered here, one at a time")
-    if len(tree["statements"]) != 1:
-        raise QueryError(f"sql: {len(tree['statements'])} statements; give one SELECT")
-    tables: set[str] = set()
-    ctes: set[str] = set()
-    for node in _nodes(tree["statements"][0]["node"]):
-        _check_node(node)
-        if node.get("type") == "BASE_TABLE":
-            tables.add(".".join(node["qualified_name"]["path"]))
-        ctes |= {entry["key"].lower() for entry in (node.get("cte_map") or {}).get("map", ())}
-        if "cte_name" in node:
-            ctes.add(node["cte_name"].lower())
-    known = {CATALOG, *VIEWS, *(name + ALL for name in VIEWS)}
-    if unknown := sorted(t for t in tables if t.lower() not in known | ctes):
-        raise QueryError(f"sql: no view {unknown[0]!r}; views are {', '.join((*VIEWS, CATALOG))}, and each with {ALL}")
-    return {t.lower() for t in tables} & known
-
-
-def _check_node(node: Mapping[str, Any]) -> None:
-    kind = node.get("type")
-    if isinstance(kind, str) and kind.endswith("_NODE") and kind not in NODES:
-        verb = kind.removesuffix("_NODE").removesuffix("_QUERY")
-        raise QueryError(f"sql: {verb} inside a query; only SELECT is answered here, nothing can be changed")
-    if kind == "SHOW_REF":
-        raise QueryError(f"sql: SHOW and DESCRIBE are not answered; `SELECT * FROM {CATALOG}` lists the views")
-    if kind == "TABLE_FUNCTION":
-        name = node["function"].get("function_name", "").lower()
-        if name not in TABLE_FUNCTIONS:
-            raise QueryError(f"sql: {name}() reads what is no view; views are {', '.join(VIEWS)}")
-    elif str(node.get("function_name", "")).lower() in REFUSED_FUNCTIONS:
-        raise QueryError(f"sql: {node['function_name']}() is not a function of the data; take it out")
-
-
-def _nodes(tree: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON
-    waiting = [tree]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, dict):
-            yield node
-            waiting += node.values()
-        elif isinstance(node, list):
-            waiting += node
 
 
 def _matching(folder: Path, view: View) -> list[str]:

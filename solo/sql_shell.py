@@ -13,7 +13,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from solo.sql import CATALOG, VIEWS, Answer, QueryError, Session, split
+from solo.query import QueryError
+from solo.sql import CATALOG, VIEWS, Answer, Session, split
 
 Form = Literal["table", "json", "csv"]
 

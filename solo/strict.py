@@ -21,4 +21,4 @@ class Spec(BaseModel):
 
 def off(value: object) -> bool:
     """`exclude_if` of a field that is off where it is absent: what is off is not identity."""
-    return value is None
+    return value is None or value == {}

@@ -142,9 +142,11 @@ def test_a_weight_repeats_a_small_source(root: Path) -> None:
         "n_patches": 20,
         "n_text_tokens": 80,
         "n_loss_tokens": 70,
+        "n_text_only_tokens": 0,
         "epochs": 2.5,
         "short_tokens": 0,
         "dropped": None,
+        "amount": {"unit": "tokens", "asked": 105, "short": 0, "cut": 0},
     }
 
 
@@ -155,7 +157,7 @@ def test_max_epochs_leaves_a_shortfall_that_is_said(root: Path, caplog: pytest.L
     assert made.manifest.stats["n_tokens"] == 60
     assert made.manifest.stats["short_tokens"] == made.manifest.stats["sources"]["a"]["short_tokens"] == 45
     assert "mixes/toy.yaml: sources.a" in caplog.text
-    assert "45 tokens more than max_epochs allows" in caplog.text
+    assert "45 of 105 tokens are more than max_epochs allows" in caplog.text
 
 
 @pytest.mark.parametrize(("samples", "want"), [(3, 3), (10, 10), (25, 25)])

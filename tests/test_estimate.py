@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from solo import cli, estimate
 from solo.artifact import Job, Result, make
 from solo.line import CHECKOUT, nodes
-from solo.spec import RecipeSpec, load
+from solo.spec import RecipeSpec, SpecError, load
 
 SPECS = CHECKOUT / "datasets_spec"
 # Table 1 and the launch scripts; stage 2's vision total is the sum with CapsFusion's cell corrected.
@@ -96,6 +96,38 @@ def test_what_describes_a_source_is_in_no_fingerprint(tmp_path: Path) -> None:
     assert [n.spec for n in nodes("toy", tmp_path)] == before
     (one,) = estimate.of_recipe("toy", tmp_path, {})
     assert one.basis == "unknown"  # the other source still states nothing
+
+
+def test_what_a_mix_limits_is_in_its_estimate_or_said(tmp_path: Path) -> None:
+    tiny.write_specs(tmp_path)
+    for name, text, vision in (("toy-text", 1_000, 0), ("toy-pictures", 500, 500)):
+        counts = {"samples": 10, "images": 10, "text_tokens": text, "vision_tokens": vision, "origin": "a guess"}
+        tiny.edit(tmp_path, f"sources/{name}.yaml", expected=counts)
+
+    def of(sources: list[dict], **mix: object) -> estimate.StageEstimate:
+        (tmp_path / "mixes" / "toy.yaml").unlink()
+        tiny.edit(tmp_path, "mixes/toy.yaml", name="toy", title="Toy", seed=1, sources=sources, **mix)
+        return estimate.of_recipe("toy", tmp_path, {})[0]
+
+    text, pictures = {"source": "toy-text"}, {"source": "toy-pictures", "category": "colours"}
+    weights = [text | {"weight": 0.25}, pictures | {"weight": 0.75}]
+    assert of(weights, budget_samples=40).trained_tokens == 1_000 + 3_000
+    assert of([weights[0], weights[1] | {"max_epochs": 2}], budget_samples=40).trained_tokens == 1_000 + 2_000
+    once = [text | {"epochs": 1}, pictures | {"epochs": 3}]
+    cut = of(once, quotas={"colours": {"tokens": 1_500}}, text_share={"least": 0.5})
+    assert cut.trained_tokens == 1_000 + 1_500
+    assert any("quota of colours, 1,500 tokens, cuts the 3,000 asked for" in n for n in cut.notes)
+    assert any("text-only sources give 0.400 of the tokens, OUTSIDE 0.5 ... 1" in n for n in cut.notes)
+    classes = pictures | {"epochs": 1, "quotas": {"label": {"by": "meta_label", "samples": 2}}}
+    assert any("quota label needs the classes of the ledger" in n for n in of([classes]).notes)
+    by_sql = of([text, pictures], sql="SELECT key, source, 1 AS n_repeats FROM eligible")
+    assert by_sql.trained_tokens == 2_000 and any("its sql says what is drawn" in n for n in by_sql.notes)
+    pack_tokens = load(RecipeSpec, "toy", tmp_path).stages[0].pack_tokens
+    packs = {"budget_packs": 4, "pack_tokens": pack_tokens}
+    assert of(weights, **packs).trained_tokens == pytest.approx(4 * pack_tokens, abs=2)
+    of(weights, **packs | {"pack_tokens": pack_tokens + 1})
+    with pytest.raises(SpecError, match=r"mixes/toy\.yaml: pack_tokens is \d+, but stage \S+ packs \d+; make them"):
+        nodes("toy", tmp_path)
 
 
 def test_the_command_prints_and_gives_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from solo import artifact, cli, sql, sql_shell
+from solo import artifact, cli, query, sql, sql_shell
 from solo.artifact import Job, Result
 
 LOCK = {"key": ["a-1", "a-2"], "source": ["a", "a"], "n_tokens": [5, 7], "n_repeats": [2, 1]}
@@ -126,7 +126,7 @@ def test_a_hostile_statement_is_one_line_and_touches_nothing(
     session: sql.Session, ground: hostile.Ground, text: str
 ) -> None:
     before = ground.state()
-    with pytest.raises(sql.QueryError) as caught:
+    with pytest.raises(query.QueryError) as caught:
         session.ask(ground.fill(text))
     said = str(caught.value)
     assert said.startswith("sql: ") and "\n" not in said and "SECRET" not in said
@@ -159,7 +159,7 @@ def test_settings_are_final(session: sql.Session) -> None:
 def test_memory_is_capped(ground: hostile.Ground) -> None:
     with sql.session(ground.folder / "root", memory_bytes=32 << 20) as small:
         small.ask("SELECT count(*) FROM locks")
-        with pytest.raises(sql.QueryError, match="Out of Memory") as caught:
+        with pytest.raises(query.QueryError, match="Out of Memory") as caught:
             small.ask("SELECT list(i) FROM range(20_000_000) AS r(i)")
         assert "\n" not in str(caught.value)
 
