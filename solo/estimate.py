@@ -92,7 +92,7 @@ def of_recipe(name: str, specs: Path, packed: Mapping[str, Manifest]) -> list[St
     """One estimate a stage; `packed` are the pack artifacts made last, by mix."""
     recipe = load(RecipeSpec, name, specs)
     found: list[StageEstimate] = []
-    seen: set[str] = set()  # locations whose download and CPU time an earlier stage has paid
+    seen: set[str] = set()  # sources whose CPU time, and files whose download, an earlier stage has paid
     for stage in recipe.stages:
         mix = load(MixSpec, stage.mix, specs)
         uses = [use for m in mix.sources if (use := _use(load(SourceSpec, m.source, specs), stage)) is not None]
@@ -203,14 +203,15 @@ def _bytes_and_cpu(one: StageEstimate, uses: Sequence[Use], seen: set[str]) -> N
             cpu_s += use.text_tokens / TOKENS_PER_CPU_S
             is_urls = use.source.acquire.adapter.startswith("url_")
             cpu_s += use.samples / IMAGES_PER_CORE_S if is_urls else 0
-        if use.source.acquire.location not in seen:
+        wanted = f"{use.source.acquire.location} {sorted(use.source.acquire.files)}"
+        if wanted not in seen:
             known = use.source.upstream.download_bytes if use.source.upstream else None
             fetched = images + use.text_tokens * BYTES_OF_A_TOKEN * COMPRESSED
             is_list = use.source.acquire.adapter.startswith("url_")  # a list's own bytes come on top of the pictures
             one_download = (known or 0) + images if is_list else known or fetched
             download += one_download
             disk += 0 if is_list else one_download
-        seen |= {use.source.name, use.source.acquire.location}
+        seen |= {use.source.name, wanted}
     one.download_bytes, one.disk_bytes, one.cpu_hours = round(download), round(disk), round(cpu_s / 3600, 1)
 
 

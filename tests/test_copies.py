@@ -187,8 +187,18 @@ def test_a_stores_download_goes_on_and_notices_a_change(s3, tmp_path, monkeypatc
     gained = []
     assert copies.transfer.fetch(file, opened, path, what="big", stop=threading.Event(), told=gained.append) == digest
     assert gained == [1000, *[1000] * 4]
-    path.rename(tmp_path / "a.bin.part")
-    (tmp_path / "a.bin.part").write_bytes(path.read_bytes()[:1000] if path.exists() else b"x" * 1000)
+    path.unlink()
+
+    def replaced(n):
+        if n:
+            s3.pipe_file("bucket/big/a.bin", os.urandom(5000))
+
+    with pytest.raises(
+        ValueError, match=r"^big: it was replaced while it was read; run again to fetch it as it is now"
+    ):
+        copies.transfer.fetch(file, opened, path, what="big", stop=threading.Event(), told=replaced)
+    assert not list(tmp_path.glob("a.bin*"))
+    (tmp_path / "a.bin.part").write_bytes(b"x" * 1000)
     (tmp_path / "a.bin.part.json").write_text('{"total": 5000, "stamp": "of another object"}')
     with pytest.raises(ValueError, match=r"^big: it changed at its publisher"):
         copies.transfer.fetch(file, opened, path, what="big", stop=threading.Event(), told=gained.append)

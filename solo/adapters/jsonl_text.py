@@ -1,4 +1,4 @@
-"""SlimPajama: one JSON document per line, {"text", "meta": {"redpajama_set_name"}}, plain, .gz or .zst.
+"""SlimPajama: one JSON document per line, {"text", "meta": {"redpajama_set_name"}}, plain, .gz, .zst or .lz4.
 
 Sample: one assistant turn of text, as the authors' converter makes it. Key: the record's content, since upstream
 gives no id; a repeated document is therefore one sample.
@@ -18,7 +18,7 @@ def read(
     *,
     source: str,
     exclude_sets: Sequence[str] = (),
-    files: Sequence[str] = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
+    files: Sequence[str] = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.jsonl.lz4"),
 ) -> Iterator[Sample | Rejected]:
     """Documents in order of file and line, without those whose `redpajama_set_name` is in `exclude_sets`."""
     for path in matching(location, files):

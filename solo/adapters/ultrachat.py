@@ -16,7 +16,7 @@ def read(
     location: Path,
     *,
     source: str,
-    files: Sequence[str] = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
+    files: Sequence[str] = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.jsonl.lz4"),
 ) -> Iterator[Sample | Rejected]:
     """Dialogues in order of file and line."""
     for path in matching(location, files):
