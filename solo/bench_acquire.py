@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from solo import acquire, download
-from solo.artifact import Job, make
+from solo.artifact import Artifact, Job, make
 from solo.raw import OUTCOMES
 from solo.sample import read_samples
 from solo.url_rows import rows_per_shard
@@ -53,14 +53,16 @@ SEED = 20
 HOST = "bench.test"
 
 
-def run(*, repeats: int = REPEATS, n_urls: Mapping[str, int] = N_URLS) -> dict[str, Any]:
-    """All mixes, ours and the reference in turn."""
+def run(
+    *, repeats: int = REPEATS, n_urls: Mapping[str, int] = N_URLS, mixes: Sequence[str] = tuple(MIXES)
+) -> dict[str, Any]:
+    """The mixes, ours and the reference in turn."""
     served = pictures()
     with tempfile.TemporaryDirectory(prefix="solo-bench-") as name, origin(served) as port:
         folder = Path(name)
         one = {who: measured(who, {(500, 375): 1.0}, 1, port, folder / f"one-{who}") for who in ("ours", "plain")}
         found = {}
-        for mix in MIXES:
+        for mix in mixes:
             runs = [_turn(mix, n_urls[mix], port, folder / f"{i}-{mix.replace('/', '-')}") for i in range(repeats)]
             found[mix] = _compared(mix, n_urls[mix], runs, one)
             found[mix]["psnr_db"] = psnr(folder / f"0-{mix.replace('/', '-')}", served)
@@ -158,8 +160,8 @@ def plain(folder: Path, n: int) -> list[str]:
     return [str(download.environment()), "-I", "-m", "img2dataset.main", *(f"--{k}={v}" for k, v in options.items())]
 
 
-def ours(folder: Path, port: int) -> None:
-    """The acquire part on one list, in a process of its own."""
+def ours(folder: Path, port: int) -> Artifact:
+    """The acquire part on one list."""
     args = {
         **{"url_column": "url", "caption_column": "caption", "timeout_s": 10, "max_side_px": MAX_SIDE_PX},
         **{"user_agent": "solo-bench/1 (bench@localhost.test)", "loopback_ports": {HOST: port}},
@@ -167,7 +169,7 @@ def ours(folder: Path, port: int) -> None:
     }
     spec = {"location": "urls.parquet", "adapter": "url_list.download", "args": args, "samples_per_shard": 1_000}
     asked = {"source": "bench", "revision": "0" * 40, "acquire": spec}
-    make(Job("acquire", "bench", acquire.VERSION, asked, {}, folder / "root", folder, 1), acquire.run)
+    return make(Job("acquire", "bench", acquire.VERSION, asked, {}, folder / "root", folder, 1), acquire.run)[0]
 
 
 def stored(folder: Path, who: str) -> int:
@@ -263,6 +265,7 @@ def origin(found: Mapping[str, bytes]) -> Iterator[int]:
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(dict(found), there), daemon=True)
     process.start()
+    there.close()  # so that an origin which dies at once is an EOFError here, not a wait
     try:
         yield here.recv()
     finally:

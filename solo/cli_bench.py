@@ -60,11 +60,28 @@ def bench_filter(
 
 
 @app.command("acquire")
-def bench_acquire(as_json: Json = False) -> None:
+def bench_acquire(
+    as_json: Json = False,
+    mix: Annotated[list[str] | None, typer.Option(help="500, 1024 or 40/40/20; all where none is given.")] = None,
+    repeats: Annotated[int, typer.Option(help="Turns of each side.", min=1)] = 3,
+) -> None:
     """Samples per second and core of acquire with every guard on, against plain img2dataset on the same origin."""
     from solo import bench_acquire as measured
 
-    _figures(measured.run(), as_json)
+    if unknown := sorted(set(mix or ()) - set(measured.MIXES)):
+        raise typer.BadParameter(f"{unknown} is no mix; choose from {', '.join(measured.MIXES)}")
+    _figures(measured.run(repeats=repeats, mixes=mix or tuple(measured.MIXES)), as_json)
+
+
+@app.command("growth")
+def bench_growth(
+    as_json: Json = False,
+    rows: Annotated[int, typer.Option(help="Rows of 1x; 10x and 100x follow.", min=100)] = 300,
+) -> None:
+    """Time and memory per row of acquire and filter, as one URL list grows 1x, 10x and 100x."""
+    from solo import bench_growth as measured
+
+    _figures(measured.run(n_rows=rows), as_json)
 
 
 @app.command("curate")

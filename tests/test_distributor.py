@@ -118,6 +118,7 @@ def has(package):
 
 
 @pytest.mark.optional
+@pytest.mark.timeout(1200)
 def test_each_cluster_is_guarded_and_makes_the_same_bytes(tmp_path, monkeypatch, store):
     """With $SOLO_IMG2DATASET an environment that has infra/img2dataset-cluster.txt; S3 is where Ray writes."""
     fsspec = pytest.importorskip("fsspec")

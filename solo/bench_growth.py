@@ -1,0 +1,91 @@
+"""Bench of growth: time and memory per row of acquire and filter as one URL list grows 1x, 10x and 100x.
+
+In: the number of rows of 1x. Out: one dict: for each size CPU seconds, microseconds a row beyond what the part costs
+for one row, and peak memory; `grows` is the worst of the last over the first, 1.0 where rows cost the same. Each part
+runs in a process of its own, one worker, on small pictures from a loopback origin. Cost: a minute for 100 x 300 rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from solo import bench_acquire, filter
+from solo.artifact import Job, make
+from solo.bench_filter import samples
+
+N_ROWS = 300
+TIMES = (1, 10, 100)
+PARTS = ("acquire", "filter")
+FILTER = {
+    "signals": ["image.size", "image.hashes", "text.size", "text.language"],
+    "keep": {"decodes": "decodes", "side": "least(width_px, height_px) >= 32", "caption": "n_chars >= 5"},
+    "unique": ["text_sha256"],
+}
+
+
+def run(*, n_rows: int = N_ROWS) -> dict[str, Any]:
+    """All sizes, acquire then filter of what was acquired."""
+    [picture] = samples(1)[0].images
+    found: dict[str, list[dict[str, float]]] = {part: [] for part in PARTS}
+    with (
+        tempfile.TemporaryDirectory(prefix="solo-bench-") as name,
+        bench_acquire.origin({f"/{i}.jpg": picture for i in range(10)}) as port,
+    ):
+        one = dict(_measured(Path(name, "one"), 1, port))
+        for n in (n_rows * times for times in TIMES):
+            for part, cost in _measured(Path(name, str(n)), n, port):
+                per_row = (cost["cpu_s"] - one[part]["cpu_s"]) / (n - 1) * 1e6
+                row = {"rows": n, "cpu_us_per_row": per_row, **cost}
+                found[part].append({key: round(value, 1) for key, value in row.items()})
+    return {"bench": "growth", "one_row": one, **found, "grows": {part: _grows(found[part]) for part in PARTS}}
+
+
+def _grows(sizes: list[dict[str, float]]) -> dict[str, float]:
+    """What 100x costs a row, and what it takes of memory, over what 1x does."""
+    first, last = sizes[0], sizes[-1]
+    return {key: round(last[key] / max(first[key], 1.0), 2) for key in ("cpu_us_per_row", "peak_process_mb")}
+
+
+def _measured(folder: Path, n: int, port: int) -> list[tuple[str, dict[str, float]]]:
+    """CPU and peak memory of both parts on a list of n rows."""
+    folder.mkdir()
+    urls = [f"http://{bench_acquire.HOST}/{i % 10}.jpg?n={i}" for i in range(n)]
+    captions = [f"picture number {i} of a list that grows" for i in range(n)]
+    pq.write_table(pa.table({"url": urls, "caption": captions}), folder / "urls.parquet")
+    costs = []
+    for part in PARTS:
+        command = [sys.executable, "-m", "solo.bench_growth", part, str(folder), str(port)]
+        with (folder / f"{part}.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
+            cost = bench_acquire.watch(process)
+        if process.returncode:
+            tail = (folder / f"{part}.log").read_text(errors="replace")[-800:]
+            raise RuntimeError(f"bench growth: {part} of {n} rows ended with {process.returncode}: {tail}")
+        costs.append((part, cost))
+    return costs
+
+
+def work(part: str, folder: Path, port: int) -> None:
+    """One part on one list, in a process of its own."""
+    acquired = bench_acquire.ours(folder, port)
+    assert acquired.manifest.counts["kept"] == acquired.manifest.counts["in"]
+    if part == "filter":
+        spec = {"filter": FILTER}
+        job = Job("filter", "bench", filter.VERSION, spec, {"acquire/bench": acquired}, folder / "root", folder, 1)
+        make(job, filter.run)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        work(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        sys.stdout.write(json.dumps(run()) + "\n")

@@ -1,0 +1,26 @@
+"""The bench of growth does both parts on a real list and says what each cost; its figures are for a quiet machine."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from solo import bench_acquire, bench_growth, download
+
+pytestmark = pytest.mark.skipif(
+    not (Path(download.__file__).parents[1] / ".img2dataset").exists() and "SOLO_IMG2DATASET" not in os.environ,
+    reason="img2dataset's environment is not installed (make setup)",
+)
+
+
+def test_a_list_is_acquired_and_filtered_whole(tmp_path):
+    [picture] = bench_growth.samples(1)[0].images
+    with bench_acquire.origin({f"/{i}.jpg": picture for i in range(10)}) as port:
+        costs = dict(bench_growth._measured(tmp_path / "list", 30, port))
+    assert set(costs) == set(bench_growth.PARTS)
+    assert all(cost["cpu_s"] > 0 and cost["peak_process_mb"] > 50 for cost in costs.values())
+
+
+def test_growth_is_the_last_size_over_the_first():
+    sizes = [{"cpu_us_per_row": 200.0, "peak_process_mb": 100.0}, {"cpu_us_per_row": 220.0, "peak_process_mb": 150.0}]
+    assert bench_growth._grows(sizes) == {"cpu_us_per_row": 1.1, "peak_process_mb": 1.5}
