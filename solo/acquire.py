@@ -5,7 +5,7 @@ In: a source's location (a path, or what solo/copies.py fetches), pinned revisio
 (sample tars of samples_per_shard), `outcomes.parquet` (one row per record or URL, kept or not, sorted by key) and, for
 URL lists, `fetch.parquet` (what was asked and seen, volatile). Invariants: every input has one status of STATUSES; a
 key is kept once, later ones are `duplicate_row`; the same upstream bytes give the same bytes.
-Cost: one pass; memory holds one sample, 10,000 outcome rows and the keys.
+Cost: one pass; memory holds one sample, 10,000 outcome rows and, for archives, the keys.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ def _acquire(job: Job) -> None:
         begun.touch()
     spool, tars = Spool(job.work / "spool.parquet"), RawTars(job, spec.samples_per_shard)
     stores = job.spec.get("pass", {}).get("kind") != "recrawl"  # which only compares
-    seen: set[str] = set()
+    seen: set[str] = set()  # not of URL lists, where 100 M keys would be 12 GB and solo/url_rows.py saw to it
     for item in items:
         row = _row(item, source)
         sample = item if isinstance(item, Sample) else getattr(item, "sample", None)
-        if sample is not None and sample.key in seen:
+        if isinstance(item, Sample) and item.key in seen:
             row |= {"status": "duplicate_row", "error": "its key is that of an earlier record"}
         elif sample is not None:
-            seen.add(sample.key)
+            if isinstance(item, Sample):
+                seen.add(item.key)
             row |= _content(sample) | (tars.add(sample) if stores else {})
         spool.add(row)
     tars.close()

@@ -152,10 +152,12 @@ def _run(arguments: list[str], env: dict[str, str], job: Job, images: Images, n_
     with (job.work / "img2dataset.log").open("ab") as out:
         process = subprocess.Popen(arguments, env=env, stdout=out, stderr=out, start_new_session=True)
         try:
-            n_seen = _see(job, images)
+            n_seen, looked_s = _see(job, images), 0.0
             while n_seen < n_wanted and process.poll() is None and not _stalled(job):
-                time.sleep(images.poll_s)
-                if (n_done := _see(job, images)) > n_seen:
+                time.sleep(max(images.poll_s, 20 * looked_s))  # a look at 20,000 shards is not for free
+                began = time.monotonic()
+                n_done, looked_s = _see(job, images), time.monotonic() - began
+                if n_done > n_seen:
                     n_seen = n_done
                     job.progress(f"img2dataset: {n_done} shards done")
         finally:
@@ -182,9 +184,11 @@ def _see(job: Job, images: Images) -> int:
     img2dataset outlives a killed acquire by some milliseconds, in which the origin is gone already: a shard it
     finishes then holds connection errors that an undisturbed run would not have, so only seen shards are kept.
     """
-    for name in images.stats():
+    known = {path.name for path in (job.work / "seen").iterdir()}
+    new = set(images.stats()) - known
+    for name in new:
         (job.work / "seen" / name).touch()
-    return sum(1 for _ in (job.work / "seen").iterdir())
+    return len(known) + len(new)
 
 
 def _shard_items(urls: UrlList, job: Job, listed: Path, shard: int) -> Iterator[Fetched]:

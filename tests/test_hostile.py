@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tarfile
 import threading
 from base64 import b64encode
 from pathlib import Path
@@ -12,7 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hostile import Canary, Drip, Endless, Server, answer, encoded, png, zipped
+from hostile import Canary, Drip, Endless, Server, answer, chunk, encoded, png, zipped
 from hostile_cases import GOOD, HASHES, HOSTS, MAX_BYTES, MAX_PIXELS, OK, build
 
 from solo import acquire, download
@@ -82,8 +83,11 @@ def job(folder, listed, port):
 
 PLAIN = [  # class, path on the origin (or a URL), and what plain img2dataset makes of it
     ("ssrf", "http://2130706433:{port}/ok.jpg", "success"),
+    ("ssrf", "http://0177.0.0.1:{port}/ok.jpg", "success"),
+    ("ssrf", "http://[::ffff:127.0.0.1]:{port}/ok.jpg", "success"),
     ("scheme", "file://{folder}/secret.jpg", "success"),
     ("scheme", "data:image/jpeg;base64,{base64}", "success"),
+    ("scheme", "ftp://127.0.0.1:{canary}/x.jpg", "failed_to_download"),  # the canary was asked
     ("redirect", "/plain/inward", "success"),
     ("redirect", "/chain/7", "success"),
     ("slow", "/plain/slow", "success"),
@@ -91,12 +95,16 @@ PLAIN = [  # class, path on the origin (or a URL), and what plain img2dataset ma
     ("length", "/plain/declared", "success"),
     ("coding", "/plain/gzip", "failed_to_resize"),  # the sample is lost, ours is kept
     ("bomb", "/plain/bomb", "success"),
+    ("bomb", "/plain/chunks", "success"),
+    ("bomb", "/plain/frames", "success"),
     ("label", "/plain/bmp", "success"),
     ("opt-out", "/plain/none", "success"),
     ("opt-out", "/plain/tdm", "success"),
     ("opt-out", "/plain/bot", "success"),
     ("robots", "/private/x.jpg", "success"),
     ("hash", "/ok.jpg", "success"),
+    ("repeat", "/ok.jpg", "success"),
+    ("unicode", "/\u00fc.jpg", "failed_to_download"),  # never asked for
 ]
 
 
@@ -112,6 +120,8 @@ def plain_routes(port):
         "/plain/declared": Endless(answer(OK, [f"Content-Length: {len(OK) + (24 << 20)}"], length=False), b"\0"),
         "/plain/gzip": answer(zipped(OK), ["Content-Encoding: gzip"]),
         "/plain/bomb": answer(png(8_000, 8_000, rows=8_000)),
+        "/plain/chunks": answer(png(64, 64, rows=64, extra=[chunk(b"tEXt", b"a\0b")] * 9_000)),
+        "/plain/frames": answer(png(64, 64, rows=64, extra=[chunk(b"acTL", b"\0\x01\x86\xa0\0\0\0\0")])),
         "/plain/bmp": answer(encoded("BMP"), ["Content-Type: image/jpeg"]),
         "/plain/none": answer(OK, ["X-Robots-Tag: none"]),
         "/plain/tdm": answer(OK, ["TDM-Reservation: 1"]),
@@ -119,33 +129,41 @@ def plain_routes(port):
     }
 
 
-def plain_run(folder):
+def plain_run(folder, canary):
     """Plain img2dataset on one row of each class: its statuses in the order of PLAIN, and the server."""
     (folder / "secret.jpg").write_bytes(OK)
     robots = {"127.0.0.1": answer(b"User-agent: *\nDisallow: /private/\n")}
     with Server({}, robots) as server:
         server.routes = plain_routes(server.port)
-        words = {"port": server.port, "folder": folder, "base64": b64encode(OK).decode()}
+        words = {"port": server.port, "canary": canary.port, "folder": folder, "base64": b64encode(OK).decode()}
         urls = [url.format(**words) for _, url, _ in PLAIN]
         urls = [f"http://127.0.0.1:{server.port}{url}" if url.startswith("/") else url for url in urls]
-        pq.write_table(pa.table({"url": urls, "n": range(len(urls))}), folder / "plain.parquet")
+        pq.write_table(
+            pa.table({"url": urls, "n": range(len(urls)), "x": [float("nan")] * len(urls)}), folder / "plain.parquet"
+        )
         python = [str(download.environment()), "-I", "-m", "img2dataset.main"]
         options = {
             **{"url_list": folder / "plain.parquet", "input_format": "parquet", "output_folder": folder / "plain"},
             **{"output_format": "webdataset", "processes_count": 1, "thread_count": 32, "timeout": 1},
             **{"image_size": 128, "resize_mode": "keep_ratio_largest", "resize_only_if_bigger": True},
-            **{"skip_reencode": True, "save_additional_columns": "['n']", "enable_wandb": False},
+            **{"skip_reencode": True, "save_additional_columns": "['n','x']", "enable_wandb": False},
         }
         env = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"}
         given = [f"--{name}={value}" for name, value in options.items()]
         subprocess.run([*python, *given], check=True, capture_output=True, env=env, timeout=120)
     table = sorted(pq.read_table(folder / "plain/00000.parquet").to_pylist(), key=lambda row: row["n"])
+    with tarfile.open(folder / "plain/00000.tar") as tar:
+        beside = [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".json")]
+    assert all(b"NaN" in text for text in beside)  # which JSON has no word for
     return [row["status"] for row in table], server
 
 
 @pytest.fixture(scope="module")
 def plain(run, tmp_path_factory):
-    return plain_run(tmp_path_factory.mktemp("plain"))
+    canary = Canary()
+    found = plain_run(tmp_path_factory.mktemp("plain"), canary)
+    canary.close()
+    return *found, canary.n_connections
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +224,14 @@ def test_what_opts_out_is_not_read_and_says_why(run):
 
 @pytest.mark.parametrize("i", range(len(PLAIN)), ids=[f"{kind}-{i}" for i, (kind, _, _) in enumerate(PLAIN)])
 def test_without_the_guard_each_class_does_harm(plain, i):
-    statuses, server = plain
-    kind, _, status = PLAIN[i]
+    statuses, server, n_canary = plain
+    kind, url, status = PLAIN[i]
     assert statuses[i] == status
     if kind in ("endless", "length"):
-        assert server.sent[PLAIN[i][1]] > 20 << 20
+        assert server.sent[url] > 20 << 20
     if kind == "robots":
         assert not server.asked["127.0.0.1", "/robots.txt"]
+    if url.startswith("ftp:"):
+        assert n_canary == 1
+    if kind == "unicode":
+        assert not any(path.endswith("C.jpg") for _, path in server.asked)

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from hostile import Canary, Server, answer, encoded
 
 from solo.isolated import consent, probe, resizer, robots, web
+from solo.isolated.address import is_public
 from solo.isolated.budget import Budget
 from solo.isolated.resizer import Decoder
 from solo.isolated.rules import Failed, Rules, parse
@@ -53,6 +55,21 @@ def test_a_resolver_that_changes_its_answer_reaches_nothing(tmp_path, monkeypatc
     visit = guest(tmp_path).visit(f"http://rebound.test:{canary.port}/x.jpg")
     assert visit.failed.status == ("robots_unreachable" if n_public else "refused_address")
     assert {ip for ip, _ in reached} == ({"93.184.216.34"} if n_public else set())
+
+
+def test_a_check_before_the_fetch_would_be_led_astray(monkeypatch, canary):
+    """The twin of the test above: what asks the resolver once to judge and once to connect reaches the canary."""
+    answers = ["93.184.216.34", "127.0.0.1"]
+
+    def resolver(host, port, *_, **__):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answers.pop(0), int(port)))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolver)
+    judged = socket.getaddrinfo("rebound.test", canary.port)[0][4][0]
+    assert is_public(judged)
+    with urllib.request.urlopen(f"http://rebound.test:{canary.port}/x.jpg", timeout=2) as found:
+        assert found.read().startswith(b"\xff\xd8")
+    assert canary.n_connections == 1
 
 
 def test_an_answer_of_mixed_addresses_leads_to_the_public_ones_alone(monkeypatch):
