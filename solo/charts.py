@@ -24,6 +24,7 @@ WIDTH_IN, DPI = 7.0, 100
 N_POINTS = 400  # more points than this on a line are averaged: the chart is 700 px wide
 N_COLORS = 96  # palette of the PNG; a third of the bytes, no visible difference
 INK, MUTED, GRID = "#1f2933", "#66717d", "#e3e7eb"
+LEGEND_COLUMNS = 4
 COLORS = ("#3b6ea5", "#e08e45", "#5a9e6f", "#b75d69", "#8c7aa9", "#c9a227", "#4aa3a2", "#a8785a")
 GREY = "#8a939c"
 NAMED = {"chance": GREY, "other": GREY, "dropped": COLORS[1]}  # the same thing has the same colour on every chart
@@ -98,7 +99,8 @@ def bars(title: str, values: Mapping[str, float], *, unit: str) -> bytes:
 def stacked(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str) -> bytes:
     """Horizontal bars cut into series; the number at the end of a bar is its sum."""
     series = sorted(dict.fromkeys(name for parts in rows.values() for name in parts), key=lambda name: name == "other")
-    figure, (axes,) = _figure(title, height_in=0.62 + 0.28 * max(len(rows), 1) + 0.25 * (len(series) > 1))
+    n_legend = -(-len(series) // LEGEND_COLUMNS) if len(series) > 1 else 0
+    figure, (axes,) = _figure(title, height_in=0.65 + 0.28 * max(len(rows), 1) + 0.22 * n_legend)
     labels = list(rows)
     totals = np.array([sum(rows[label].values()) for label in labels], dtype=float)
     left = np.zeros(len(labels))
@@ -133,6 +135,8 @@ def grouped(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str, t
 @_styled
 def histograms(title: str, panels: Sequence[Panel], *, unit: str, n_columns: int = 2) -> bytes:
     """Small histograms side by side; groups are stacked, so that the outline is the whole."""
+    from matplotlib.ticker import LogLocator
+
     n_rows = -(-len(panels) // n_columns) or 1
     figure, grid = _figure(title, height_in=0.65 + 1.45 * n_rows, n_rows=n_rows, n_columns=n_columns)
     names = list(dict.fromkeys(name for panel in panels for name in panel.groups))
@@ -152,6 +156,8 @@ def histograms(title: str, panels: Sequence[Panel], *, unit: str, n_columns: int
         axes.grid(visible=False, axis="x")
         if log:
             axes.set_xscale("log")
+            few = (1.0, 2.0, 5.0) if edges[-1] < 100 * edges[0] else (1.0,)  # one tick alone says no scale
+            axes.xaxis.set_major_locator(LogLocator(subs=few))
             axes.xaxis.set_minor_formatter("")
         axes.xaxis.set_major_formatter(lambda x, _: short(x))
         axes.yaxis.set_major_formatter(lambda y, _: short(y))
@@ -230,7 +236,9 @@ def _finish_bars(axes: Axes, *, unit: str, top: float, legend: bool) -> None:
     axes.set_xlabel(unit)
     axes.xaxis.set_major_formatter(lambda x, _: short(x))
     if legend:
-        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 1.0), handlelength=1.0, columnspacing=1.2)
+        axes.legend(
+            ncols=LEGEND_COLUMNS, loc="lower left", bbox_to_anchor=(-0.01, 1.0), handlelength=1.0, columnspacing=1.2
+        )
 
 
 def _edges(panel: Panel) -> tuple[np.ndarray, bool]:

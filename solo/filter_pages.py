@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo import duplicates, gallery, predicate
+from solo import duplicates, gallery, host_pages, predicate
 from solo.artifact import Artifact
 from solo.charts import Panel, histograms, stacked
 from solo.data_pages import Inputs, Row, flow_row, most_first, share_of, top_series
@@ -74,7 +74,9 @@ def source_page(a: Artifact, inputs: Inputs) -> Iterator[str]:
     """All of one source."""
     name, counts = a.manifest.name, a.manifest.counts
     yield f"# Filter: {escape(name)}"
-    yield f"{counts['kept']:,} of {counts['in']:,} samples stay ({share_of(counts['kept'], counts['in'])})."
+    acquired = inputs.get(f"acquire/{name}")
+    records = f"Of {acquired.manifest.counts['in']:,} records {counts['in']:,} became samples; " if acquired else ""
+    yield f"{records}{counts['kept']:,} of {counts['in']:,} stay ({share_of(counts['kept'], counts['in'])})."
     yield table(list(funnel(a)))
     files = {"signals": str(a.path / "signals.parquet"), "verdicts": str(a.path / "verdicts.parquet")}
     with duckdb.connect() as con:
@@ -85,7 +87,6 @@ def source_page(a: Artifact, inputs: Inputs) -> Iterator[str]:
         if panels:
             title = "Distributions; a dashed line is a threshold"
             yield picture(histograms(title, panels[:N_PANELS], unit="samples"), "histograms of signals")
-        acquired = inputs.get(f"acquire/{name}")
         if acquired:
             yield f"## Kept and dropped\n\n{gallery.verdicts(a, acquired, n_each=N_EACH, n_reasons=20)}"
             if clusters := gallery.clusters(a, acquired):
@@ -94,6 +95,9 @@ def source_page(a: Artifact, inputs: Inputs) -> Iterator[str]:
             yield f"## Languages\n\n{table(languages)}"
         if sizes := list(_resolution(con)):
             yield f"## Resolution\n\n{table(sizes)}"
+            yield f"## Formats\n\n{table(list(_formats(con)))}"
+    if acquired:
+        yield from host_pages.blocks(acquired, a)
 
 
 def funnel(a: Artifact) -> Iterator[Row]:
@@ -144,7 +148,7 @@ def _split(values: pa.ChunkedArray, keep: pa.ChunkedArray, title: str, *, limit:
 
 
 def _resolution(con: duckdb.DuckDBPyConnection) -> Iterator[Row]:
-    """Samples by the longest side of their first picture, and by format."""
+    """Samples by the longest side of their first picture."""
     names = [name for name, *_ in con.execute("DESCRIBE judged").fetchall()]
     if "width_px" not in names:
         return
@@ -158,10 +162,15 @@ def _resolution(con: duckdb.DuckDBPyConnection) -> Iterator[Row]:
     for i, n in enumerate(n_in):
         label = f"{bounds[i]} px and more" if i == len(LONG_SIDES) else f"{bounds[i]} to {bounds[i + 1] - 1} px"
         if n:
-            yield {"longest side or format": label, "samples": n, "kept": n_kept[i], BAR: bar(n / total)}
-    for image_format, n, kept in con.execute(FORMATS).fetchall():
-        label = image_format or "(none that decodes)"
-        yield {"longest side or format": label, "samples": n, "kept": kept, BAR: bar(n / total)}
+            yield {"longest side": label, "samples": n, "kept": n_kept[i], BAR: bar(n / total)}
+
+
+def _formats(con: duckdb.DuckDBPyConnection) -> Iterator[Row]:
+    """Samples by the true format of their first picture."""
+    found = con.execute(FORMATS).fetchall()
+    total = sum(n for _, n, _ in found)
+    for image_format, n, kept in found:
+        yield {"format": image_format or "(none that decodes)", "samples": n, "kept": kept, BAR: bar(n / total)}
 
 
 def _languages(artifacts: Sequence[Artifact]) -> Iterator[Row]:

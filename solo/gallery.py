@@ -7,7 +7,7 @@ Invariant: which samples are shown depends on keys alone. Cost: one scan of the 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from solo.sample import Sample, read_sample
 THUMB_PX = 96
 N_EACH = 3  # samples shown per verdict
 N_REASONS = 5  # verdicts shown per source, kept among them
+
+Shown = tuple[str, str]  # a sample's picture and its text, as cells
 
 CHOSEN = """
 WITH chosen AS (
@@ -79,14 +81,14 @@ def verdicts(filtered: Artifact, acquired: Artifact, *, n_each: int = N_EACH, n_
     names = {name: str(path) for name, path in files.items()}
     with duckdb.connect() as con:
         rows = con.execute(CHOSEN, {**names, "n_each": n_each}).fetchall()
-    shown: dict[str, list[str]] = {}
+    shown: dict[str, list[Shown]] = {}
     for verdict, raw_shard, offset, length in rows:
         if verdict in shown or len(shown) < n_reasons:
             raw = acquired.path / "raw" / f"{raw_shard:05d}.tar"
             shown.setdefault(verdict, []).append(_sample(read_sample(raw, offset, length)))
     if not shown:
         return "(no sample to show)"
-    lines = [[escape(verdict), *cells, *[""] * (n_each - len(cells))] for verdict, cells in shown.items()]
+    lines = [line for verdict, some in shown.items() for line in _lines(escape(verdict), some, n_each)]
     return _grid(["verdict", *[""] * n_each], lines)
 
 
@@ -98,14 +100,16 @@ def clusters(filtered: Artifact, acquired: Artifact) -> str:
     names = {name: str(path) for name, path in files.items()}
     with duckdb.connect() as con:
         rows = con.execute(CLUSTERS, {**names, "n_clusters": N_CLUSTERS, "n_lost": N_LOST}).fetchall()
-    lines: dict[str, list[str]] = {}
+    lost: dict[str, int] = {}
+    found: dict[str, list[Shown]] = {}
     for winner, n_lost, reason, raw_shard, offset, length in rows:
         raw = acquired.path / "raw" / f"{raw_shard:05d}.tar"
-        shown = _sample(read_sample(raw, offset, length))
-        lines.setdefault(winner, [f"{n_lost:,}"]).append(f"{shown} {escape(reason)}" if reason else shown)
-    width = max(map(len, lines.values()), default=0)
-    grid = [[*cells, *[""] * (width - len(cells))] for cells in lines.values()]
-    return _grid(["gone", "stays", *["went"] * (width - 2)], grid) if grid else ""
+        small, said = _sample(read_sample(raw, offset, length))
+        lost[winner] = n_lost
+        found.setdefault(winner, []).append((small, f"**{escape(reason)}** {said}" if reason else said))
+    width = max(map(len, found.values()), default=0)
+    lines = [line for winner, some in found.items() for line in _lines(f"{lost[winner]:,}", some, width)]
+    return _grid(["gone", "stays", *["went"] * (width - 1)], lines) if lines else ""
 
 
 def answers(evaluated: Artifact, *, n_columns: int = 4) -> str:
@@ -123,13 +127,23 @@ def _answer(row: dict[str, Any]) -> str:
     return f"{escape(row['prompt'], limit=90)} - {said}: {verdict}"
 
 
-def _sample(sample: Sample) -> str:
-    """A sample as one cell: its first picture, then the beginning of what is said."""
+def _sample(sample: Sample) -> Shown:
+    """The first picture of a sample, and the beginning of what is said."""
     said = " ".join(i["text"] for m in sample.messages for i in m["content"] if i["type"] == "text")
     if not sample.images:
-        return escape(said, limit=140)
+        return "", escape(said, limit=140)
     small = thumbnail(sample.images[0])
-    return f"{picture(small, 'sample') if small else '(cannot be decoded)'} {escape(said, limit=70)}"
+    return picture(small, "sample") if small else "(cannot be decoded)", escape(said, limit=70)
+
+
+def _lines(name: str, some: Sequence[Shown], width: int) -> Iterator[list[str]]:
+    """A line of pictures, where there are any, over a line of what is said."""
+    smalls, saids = [small for small, _ in some], [said for _, said in some]
+    padding = [""] * (width - len(some))
+    if any(smalls):
+        yield [name, *smalls, *padding]
+        name = ""
+    yield [name, *saids, *padding]
 
 
 def _grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

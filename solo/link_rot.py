@@ -26,6 +26,7 @@ def blocks(artifacts: Sequence[Artifact]) -> Iterator[str]:
     yield "## Link rot: what the last re-crawl found"
     totals = [{"source": name} | _row(rot) for name, rot in rotten.items()]
     yield table(totals)
+    yield "By host, those that lost most first:"
     yield table(
         [{"source": name, "host": host["host"]} | _row(host) for name, rot in rotten.items() for host in rot["hosts"]]
     )

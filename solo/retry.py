@@ -18,7 +18,7 @@ from solo.line import Settings
 from solo.raw import OUTCOMES
 from solo.spec import SourceSpec, load
 
-ADAPTER = "url_list.download"
+ADAPTERS = ("url_list.download", "url_questions.download")
 
 
 def run(source: str, causes: Sequence[str], recrawl: bool, settings: Settings) -> Iterator[str]:
@@ -67,8 +67,9 @@ def _quiet(line: str) -> None:
 def current(source: str, settings: Settings) -> Artifact:
     """The acquire artifact of a source's spec as it stands, with the passes so far."""
     spec = load(SourceSpec, source, settings.specs)
-    if spec.acquire.adapter != ADAPTER:
-        raise ValueError(f"{source}: its adapter is {spec.acquire.adapter}; only lists of {ADAPTER} have URLs to ask")
+    if spec.acquire.adapter not in ADAPTERS:
+        lists = " and ".join(ADAPTERS)
+        raise ValueError(f"{source}: its adapter is {spec.acquire.adapter}; only lists of {lists} have URLs to ask")
     asked = location.identity(spec)
     first = replace(_place(source, settings), spec=asked)
     if wrong := artifact.damage(first.out):

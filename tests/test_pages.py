@@ -8,11 +8,14 @@ import re
 import duckdb
 import finished
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from solo import charts, filter_pages, markdown, pages
+from solo import charts, filter_pages, host_pages, markdown, pages
+from solo.artifact import Artifact, Manifest
 from solo.line import PARTS
 from solo.spec import Filter
 
@@ -157,3 +160,27 @@ def test_short_numbers(value: float, shown: str) -> None:
 @pytest.mark.parametrize(("share", "bar"), [(0, ""), (1e-9, "\u258f"), (0.5, "\u2588" * 8), (2, "\u2588" * 16)])
 def test_bars(share: float, bar: str) -> None:
     assert markdown.bar(share) == bar
+
+
+def test_hosts_tell_what_came_what_stays_and_what_was_lost(tmp_path) -> None:
+    hosts = [("a.test", 5), ("<b>.test", 3)] + [(f"h{i}.test", 1) for i in range(host_pages.N_HOSTS)]
+    urls = [f"http://{host}/{n}.jpg" for host, times in hosts for n in range(times)]
+    status = ["ok", "ok", "ok", "http_404", "http_404"] + ["timeout", "http_404", "ok"] + ["dns"] * host_pages.N_HOSTS
+    keys = [f"web-{i}" for i in range(len(urls))]
+    rows = {"key": [*keys, "web-0", "web-x"], "url": [*urls, urls[0], None]}
+    pq.write_table(pa.table(rows | {"status": [*status, "duplicate_row", "bad_record"]}), tmp_path / "outcomes.parquet")
+    pq.write_table(
+        pa.table({"key": ["web-0", "web-1", "web-2"], "keep": [True, True, False]}), tmp_path / "verdicts.parquet"
+    )
+    made = Artifact(tmp_path, Manifest("acquire", "web", "0", 1, {}, {}, "", [], {}, {}, {}))
+    page = "\n".join(host_pages.blocks(made, made))
+    lines = [line.split("|")[1:-2] for line in page.splitlines() if line.startswith("|")]
+    cells = [[html.unescape(c.strip()) for c in line] for line in lines][2:]
+    assert cells[0] == ["a.test", "6", "3", "2", "http_404 (2)"]
+    assert cells[1][1:] == ["3", "1", "0", "timeout (1)"] and "<b>" not in page
+    assert len(cells) == host_pages.N_HOSTS + 1 and cells[-1] == ["2 others", "2", "0", "0", "dns (2)"]
+
+
+def test_a_source_without_urls_has_no_hosts(recipe: finished.Recipe) -> None:
+    found = "\n".join(host_pages.blocks(recipe.made["acquire/toy-pictures"], recipe.made["filter/toy-pictures"]))
+    assert "## Hosts" not in found
