@@ -1,6 +1,6 @@
 """What a file is that is not what its name says: the usual ways in which a copy of a published set goes wrong.
 
-In: a file. Out: a sentence with the remedy, or None. Invariant: says nothing about a file that could be what its name
+In: a path. Out: a sentence with the remedy, or None. Invariant: says nothing about a file that could be what its name
 says. Cost: HEAD_BYTES from its beginning, TAIL_BYTES from its end.
 """
 
@@ -15,14 +15,23 @@ POINTER = re.compile(rb"version https://git-lfs\S+\n(?:.*\n)*?size (\d+)\n")
 PAGE = re.compile(rb"\s*(?:<!doctype html|<html|<\?xml|<head|<error)", re.IGNORECASE)
 PAGES = (".html", ".htm", ".xml", ".svg")
 NEVER_EMPTY = (".tar", ".zip", ".parquet", ".gz", ".zst", ".bz2", ".json")
-BEGINS = {".parquet": b"PAR1", ".zip": b"PK", ".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh"}
+ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([i]) + b"\x2a\x4d\x18" for i in range(0x50, 0x60)))  # a frame, or one to skip
+BEGINS = {".parquet": (b"PAR1",), ".zip": (b"PK",), ".gz": (b"\x1f\x8b",), ".zst": ZSTD, ".bz2": (b"BZh",)}
 TEXT_BEGINS = {".json": (b"[", b"{")}
 ENDS = {".parquet": b"PAR1"}
 END_OF_ZIP = b"PK\x05\x06"
+ZIP_TAIL_BYTES = 22 + (1 << 16)  # its last record, with a comment
+
+
+def dangling(path: Path) -> bool:
+    """Is it a link to nothing?"""
+    return path.is_symlink() and not path.exists()
 
 
 def mistaken(path: Path) -> str | None:
     """Why the file cannot be what its name says, told from how it begins."""
+    if what := _not_there(path):
+        return what
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if pointer := POINTER.match(head):
@@ -39,11 +48,19 @@ def mistaken(path: Path) -> str | None:
     return None
 
 
+def _not_there(path: Path) -> str | None:
+    if dangling(path):
+        return f"a link to {str(path.readlink())!r}, which is not there; copy what links lead to (`cp -L`)"
+    if path.with_name(path.name + ".aria2").exists():
+        return "not all of it yet, as its .aria2 file tells; let aria2c go on"
+    return None
+
+
 def cut_short(path: Path) -> str | None:
     """Why the file cannot be whole, told from how it ends."""
     with path.open("rb") as file:
         n = file.seek(0, 2)
-        file.seek(max(0, n - (1 << 16 if path.suffix == ".zip" else TAIL_BYTES)))
+        file.seek(max(0, n - (ZIP_TAIL_BYTES if path.suffix == ".zip" else TAIL_BYTES)))
         tail = file.read()
     if path.suffix == ".tar" and (n % 512 or any(tail)):
         why = "a tar ends in two blocks of zeros"

@@ -21,7 +21,7 @@ from solo import artifact, copies, image_files, published, tables, url_rows
 from solo.estimate import published_bytes
 from solo.estimate_text import size
 from solo.location import UNPINNED, Asked, asked
-from solo.mistaken import cut_short, mistaken
+from solo.mistaken import cut_short, dangling, mistaken
 from solo.plugin import resolve
 from solo.sample import Rejected, Sample
 from solo.spec import SourceSpec, load
@@ -176,7 +176,7 @@ def _missing(spec: SourceSpec, location: Path) -> list[str]:
 def _refuse_damaged(location: Path) -> None:
     """ValueError for the first file of a copy that cannot be what its name says, or not all of it."""
     paths = [location] if location.is_file() else islice(location.rglob("*"), LOOKED_AT)
-    for path in sorted(path for path in paths if path.suffix in WHOLE and path.is_file()):
+    for path in sorted(path for path in paths if path.suffix in WHOLE and (path.is_file() or dangling(path))):
         if what := mistaken(path) or cut_short(path):
             raise ValueError(f"{path}: {what}")
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from solo.mistaken import mistaken
+from solo.mistaken import dangling, mistaken
 from solo.sample import BLOCK_BYTES, IMAGE, Message, Rejected, Sample, make_key, text
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -36,7 +36,7 @@ Record = dict[str, Any]
 def existing(location: Path, name: str) -> Path:
     """`location/name`, or ValueError with what the folder has."""
     path = location / name
-    if not path.exists():
+    if not path.exists() and not dangling(path):
         raise ValueError(f"{path}: no such file; {_have(location, name)}")
     _refuse_mistaken([path])
     return path
@@ -56,7 +56,7 @@ def _have(location: Path, wanted: str) -> str:
 
 def _refuse_mistaken(paths: Sequence[Path]) -> None:
     for path in paths:
-        if path.is_file() and (what := mistaken(path)):
+        if (path.is_file() or dangling(path)) and (what := mistaken(path)):
             raise ValueError(f"{path}: {what}")
 
 
@@ -65,7 +65,7 @@ def matching(location: Path, patterns: Sequence[str]) -> list[Path]:
     if location.is_file():
         _refuse_mistaken([location])
         return [location]
-    found = {p for pattern in patterns for p in location.rglob(pattern) if p.is_file()}
+    found = {p for pattern in patterns for p in location.rglob(pattern) if p.is_file() or dangling(p)}
     if not found:
         raise ValueError(f"{location}: no file matches {list(patterns)}; {_have(location, patterns[0])}")
     paths = sorted(found, key=lambda p: p.relative_to(location).as_posix())

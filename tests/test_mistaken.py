@@ -35,6 +35,11 @@ def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def linked(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("../../blobs/0a1b")
+
+
 def deeper(path: Path) -> None:
     folder = path.parent
     folder.rename(folder.with_name("clone"))
@@ -52,6 +57,9 @@ DAMAGES = [
     ("dvqa", "*.parquet", holds(PAGE), r"parquet: a web page, not data: .*open its URL"),
     ("dvqa", "*.parquet", holds(b""), r"parquet: 0 bytes long"),
     ("dvqa", "*.parquet", half, r"parquet: cut short at [\d,]+ bytes: a parquet file ends in 'PAR1'"),
+    ("dvqa", "*.parquet", linked, r"parquet: a link to '\.\./\.\./blobs/0a1b', which is not there; copy what links"),
+    ("imagenet-21k", "mapping.txt", linked, r"mapping\.txt: a link to .*\(`cp -L`\)"),
+    ("imagenet-21k", "*.tar", lambda p: p.with_name(p.name + ".aria2").touch(), r"0000\.tar: not all of it yet"),
     ("imagenet-21k", "*.tar", holds(POINTER), r"train-0000\.tar: a Git LFS pointer"),
     ("imagenet-21k", "*.tar", holds(b"Entry not found"), r"train-0000\.tar: no tar file, it begins with 'Entry not"),
     ("imagenet-21k", "*.tar", half, r"train-0000\.tar: cut short at .* a tar ends in two blocks of zeros"),
@@ -113,6 +121,9 @@ def test_acquire_refuses_what_is_no_data_before_it_reads_any(tmp_path: Path) -> 
     (tmp_path / "train-00001.parquet").write_bytes(POINTER)
     with pytest.raises(ValueError, match=r"train-00001\.parquet: a Git LFS pointer"):
         next(iter(table_pairs.read(tmp_path, source="s")))
+    linked(tmp_path / "train-00001.parquet")
+    with pytest.raises(ValueError, match=r"train-00001\.parquet: a link to"):
+        next(iter(table_pairs.read(tmp_path, source="s")))
     (tmp_path / "chat.json").write_text("[]")
     (tmp_path / "images.zip").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match=r"images\.zip: .*fetch it again"):
@@ -153,6 +164,7 @@ def test_numbers_in_a_spec_are_counted_too(tmp_path: Path) -> None:
         ("page.html", PAGE),
         ("a.json", b'\xef\xbb\xbf \n[{"a": 1}]\n'),
         ("a.jsonl", b'{"text": "<html>"}\n{"text": "version https://git-lfs"}'),
+        ("a.jsonl.zst", b"\x50\x2a\x4d\x18\x04\x00\x00\x00"),  # as pzstd begins
         ("a.jsonl.gz", gzip.compress(b"{}")),
         ("a.csv", b"url\tcaption\n"),
         ("notes", b"version https://git-lfs is a line of prose"),
