@@ -33,6 +33,7 @@ from solo.spec import SourceSpec
 
 FILES_AT_ONCE = 4
 SAID_EVERY_S = 5.0
+SIZES = "sizes.json"  # of a copy's files, beside them
 
 Told = Callable[[str], None]
 
@@ -115,14 +116,15 @@ def sentence(found: Sequence[Download], most: int = 4) -> str:
 
 
 def fetch(want: Asked, root: Path, told: Told) -> Path:
-    """The complete copy; what is there of it is not fetched again."""
+    """The complete copy; what is there of it is not fetched again, unless it was harmed since."""
     target = place(want, root)
-    if target.exists():
-        return target
     target.parent.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent.with_name(f".{target.parent.name}.lock"), want.source, told):
-        if target.exists():
+        if target.exists() and (harmed := _harmed(target)) is None:
             return target
+        if target.exists():
+            told(f"{want.source}: {harmed}; what is wrong is fetched again")
+            shutil.rmtree(target.parent)
         files = _known(want, root)
         if files is None:
             files = published.listed(want)
@@ -189,6 +191,9 @@ def _fetch_all(want: Asked, files: Sequence[File], root: Path, told: Told) -> di
     The first that cannot be had ends it, and the others stay where they are.
     """
     paths = {file: _file(want, file, root) for file in files}
+    for file, path in paths.items():
+        if file.size is not None and path.exists() and path.stat().st_size != file.size:
+            path.unlink()  # harmed since it was fetched
     todo = [file for file in files if not paths[file].exists()]
     left = absent_bytes(want, root) if todo else 0
     folder = root / "downloads" / "files"
@@ -269,11 +274,27 @@ def _link(want: Asked, files: Sequence[File], root: Path, folder: Path) -> None:
     """The copy, made aside and renamed: hard links, so that deleting a copy or `files/` harms no other."""
     aside = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
+    sizes = {}
     for file in files:
         path = aside / want.name / file.name if file.name else aside / want.name
         path.parent.mkdir(parents=True, exist_ok=True)
         os.link(_file(want, file, root), path)
+        sizes[path.relative_to(aside).as_posix()] = path.stat().st_size
+    write_atomic(aside / SIZES, json.dumps(sizes, indent=1).encode())
     aside.rename(folder)
+
+
+def _harmed(target: Path) -> str | None:
+    """Which file of a copy is no longer as it was when the copy was whole, or None."""
+    try:
+        sizes = json.loads((target.parent / SIZES).read_text())
+    except (OSError, ValueError):
+        return f"{target.parent} has no {SIZES}"
+    for name, n_bytes in sizes.items():
+        path = target.parent / name
+        if not path.is_file() or path.stat().st_size != n_bytes:
+            return f"{path} is gone" if not path.exists() else f"{path} has {path.stat().st_size} bytes of {n_bytes}"
+    return None
 
 
 @contextlib.contextmanager

@@ -242,6 +242,23 @@ def test_unpinned_data_are_refused_before_anything_is_asked_and_the_pin_is_told(
     assert made.manifest.digest == local.manifest.digest and len(site.asked) == n  # what told the pin is the copy
 
 
+@pytest.mark.parametrize("harm", ["short", "gone"])
+def test_a_copy_that_was_harmed_is_mended(published, site, tmp_path, harm):
+    _, pin, local = published
+    spec = source(pin, web(site))
+    path = copies.fetch(location.asked(spec), tmp_path, print) / "train-1.tar"
+    if harm == "short":
+        with path.open("r+b") as file:
+            file.truncate(100)
+    else:
+        path.unlink()
+    n, lines = len(site.asked), []
+    made, _ = make(job(spec, tmp_path, tmp_path, lines.append), acquire.run)
+    assert made.manifest.digest == local.manifest.digest and "what is wrong is fetched again" in lines[0]
+    asked = [path for path, _ in site.asked[n:]]
+    assert asked == (["/archive/pics/train-1.tar"] if harm == "short" else [])
+
+
 def test_a_plan_knows_what_is_to_come(published, site, tmp_path):
     folder, pin, _ = published
     asked = location.asked(source(pin, web(site)))
