@@ -1,4 +1,4 @@
-"""Pages and rows of the parts that make data: acquire, shard, curate, pack.
+"""Pages and rows of the parts that make data: acquire, shard, pack; curate has solo/mix_pages.py.
 
 In: the artifacts of one part. Out: blocks of Markdown, the important ones first, or flat rows for the UI's table.
 Invariant: counts come from manifests, shapes of distributions from the Parquet files beside them. Cost: the columns a
@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from solo import exclude_pages, link_rot, pack_pages
+from solo import link_rot, pack_pages
 from solo.artifact import Artifact
 from solo.charts import Panel, histograms, stacked
 from solo.counts import TEXT_COUNTS
-from solo.markdown import BAR, bar, escape, picture, table
+from solo.markdown import BAR, bar, picture, table
 from solo.regrid import FORMS
 
 Row = dict[str, Any]
@@ -103,50 +103,13 @@ def shard_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
     ledgers = [_columns(a, ("n_tokens", "n_patches")) for a in artifacts]
     tokens = {a.manifest.name: t["n_tokens"] for a, t in zip(artifacts, ledgers, strict=True)}
     patches = {a.manifest.name: t["n_patches"][t["n_patches"] > 0] for a, t in zip(artifacts, ledgers, strict=True)}
-    panels = [Panel("tokens per sample", _top_arrays(tokens), log=True)]
+    panels = [Panel("tokens per sample", top_arrays(tokens), log=True)]
     panels.append(Panel("patches per sample with images", {name: patches[name] for name in panels[0].groups}, log=True))
     yield picture(histograms("Size of a sample", panels, unit="samples"), "histograms of sample sizes")
     dropped = [flow_row(a) for a in artifacts if a.manifest.counts["dropped"]]
     if dropped:
         yield "## Samples that could not be sharded"
         yield table(dropped)
-
-
-def curate_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
-    """One row per mix and source: what was asked, what was drawn."""
-    for a in artifacts:
-        total = max(a.manifest.stats["n_tokens"], 1)
-        asked = {s["source"]: s for s in a.manifest.spec.get("mix", {}).get("sources", [])}
-        for source, s in a.manifest.stats["sources"].items():
-            yield {
-                "mix": a.manifest.name,
-                "source": source,
-                "asked": _asked(asked.get(source, {})),
-                "share of tokens": share_of(s["n_tokens"], total),
-                "tokens": s["n_tokens"],
-                "samples": s["n_samples"],
-                "exposures": s["n_exposures"],
-                "epochs": round(s["epochs"], 3),
-                "loss tokens": s["n_loss_tokens"],
-                "short of asked": s.get("short_tokens", 0),
-            }
-
-
-def curate_page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
-    """What each mix asked for and what it got."""
-    yield "# Curate: the mix of each stage"
-    rows = list(curate_rows(artifacts))
-    shares = {a.manifest.name: {s: v["n_tokens"] for s, v in _sources(a).items()} for a in artifacts}
-    yield picture(stacked("Tokens by source", top_series(shares), unit="tokens, repeats counted"), "tokens by source")
-    for a in artifacts:
-        yield f"## {escape(a.manifest.name)}"
-        hidden = {"mix"} if a.manifest.stats.get("short_tokens") else {"mix", "short of asked"}
-        own = [row for row in rows if row["mix"] == a.manifest.name]
-        yield table([{k: v for k, v in row.items() if k not in hidden} | bar_of(row, "share of tokens") for row in own])
-        left_out = {reason: n for reason, n in most_first(a.manifest.counts["dropped"]).items() if n}
-        if left_out:
-            yield table([{"not in the mix because": reason, "samples": n} for reason, n in left_out.items()])
-        yield from exclude_pages.blocks(a)
 
 
 def pack_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:
@@ -219,17 +182,8 @@ def _stats(artifacts: Sequence[Artifact]) -> dict[str, Mapping[str, int]]:
     return {a.manifest.name: a.manifest.stats for a in artifacts}
 
 
-def _sources(a: Artifact) -> dict[str, Row]:
-    return dict(a.manifest.stats.get("sources", {}))
-
-
 def _modality(stats: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
     return {name: {"text": s["n_text_tokens"], "image patches": s["n_patches"]} for name, s in stats.items()}
-
-
-def _asked(source: Mapping[str, Any]) -> str:
-    """The amount in the words of the mix's YAML."""
-    return ", ".join(f"{k} {source[k]:g}" for k in ("weight", "epochs", "samples", "max_epochs") if source.get(k))
 
 
 def most_first(counts: Mapping[str, int]) -> dict[str, int]:
@@ -255,7 +209,7 @@ def top_series(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, f
     return out
 
 
-def _top_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def top_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The largest groups, as many as there are colours, by name; a page's table has all."""
     largest = sorted(arrays, key=lambda name: (-len(arrays[name]), name))[: N_SERIES + 1]
     return {name: arrays[name] for name in sorted(largest)}

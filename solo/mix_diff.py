@@ -15,7 +15,7 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from solo import artifact, gallery, locks
+from solo import artifact, categories, gallery, locks
 from solo.artifact import Artifact, LedgerError
 from solo.exclude import literal
 from solo.markdown import escape, join, picture, table
@@ -40,7 +40,7 @@ FROM read_parquet($a) AS a FULL JOIN read_parquet($b) AS b USING (source, key)
 """
 KNOWN = """
 CREATE TEMP TABLE known AS
-SELECT joined.*, IF(n_images > 0, 'image-text', 'text') AS modality, coalesce(meta_category, '(none)') AS category,
+SELECT joined.*, IF(n_images > 0, 'image-text', 'text') AS modality, {category} AS category,
   width_px, height_px, coalesce(language, '(none)') AS language
 FROM joined LEFT JOIN ledger USING (source, key)
 """
@@ -79,7 +79,7 @@ def difference(root: Path, a: Artifact, b: Artifact) -> Row:
     with duckdb.connect() as con:
         con.execute(JOINED, {"a": str(a.path / "lock.parquet"), "b": str(b.path / "lock.parquet")})
         _load_ledgers(con, {x.path: x for of in ledgers for x in of.values()}.values())
-        con.execute(KNOWN)
+        con.execute(KNOWN.format(category=categories.named(categories.given(a, b), "meta_category")))
         groups = {group: _counted(con, group) for group in GROUPS}
         total = (_counted(con, "'all'") or [_empty()])[0]
         shift = {m: s for m in MEASURES if (s := _shift(_spread(con, m)))}

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from solo import data_pages, filter_pages, run_pages
+from solo import data_pages, filter_pages, mix_pages, run_pages
 from solo.artifact import Artifact
 from solo.charts import grouped, stacked
 from solo.markdown import BAR, bar, escape, join, picture
@@ -25,7 +25,7 @@ PAGES: dict[str, Callable[[Sequence[Artifact], Mapping[str, Artifact]], Iterator
     "acquire": data_pages.acquire_page,
     "filter": filter_pages.page,
     "shard": data_pages.shard_page,
-    "curate": data_pages.curate_page,
+    "curate": mix_pages.page,
     "pack": data_pages.pack_page,
     "train": run_pages.train_page,
     "evaluate": run_pages.evaluate_page,
@@ -35,7 +35,7 @@ ROWS: dict[str, Callable[[Sequence[Artifact]], Iterator[Row]]] = {
     "acquire": data_pages.acquire_rows,
     "filter": filter_pages.rows,
     "shard": data_pages.shard_rows,
-    "curate": data_pages.curate_rows,
+    "curate": mix_pages.rows,
     "pack": data_pages.pack_rows,
     "train": run_pages.train_rows,
     "evaluate": run_pages.evaluate_rows,

@@ -14,8 +14,8 @@ from typing import Any
 
 import duckdb
 
+from solo import categories
 from solo.artifact import Artifact, LedgerError
-from solo.exclude import literal
 from solo.markdown import escape, table
 
 Row = dict[str, Any]
@@ -104,9 +104,9 @@ def by_kind(stage: Artifact, pack: Artifact, lock: Artifact, ledgers: Mapping[st
     """Shares of the tokens by modality (text, patches) and by category where a ledger has it, asked and realised."""
     with duckdb.connect() as con:
         _deliver(con, stage.path / "trained.parquet", pack.path / "plan.parquet")
-        con.execute(f"CREATE TEMP TABLE categories AS {_categories(con, ledgers)}")
+        con.execute(f"CREATE TEMP TABLE categories AS {categories.of_records(con, ledgers.values())}")
         found = []
-        category = "coalesce(category, '(none)')"
+        category = categories.named(categories.given(lock), "category")
         lock_path = str(lock.path / "lock.parquet")
         all_asked = _rows(con, SUMS.format(group="''", rows=LOCK), lock=lock_path)[0]
         all_done = next(iter(_rows(con, SUMS.format(group="''", rows="delivered"))), dict.fromkeys(all_asked, 0))
@@ -115,7 +115,7 @@ def by_kind(stage: Artifact, pack: Artifact, lock: Artifact, ledgers: Mapping[st
         joined = "{} LEFT JOIN categories USING (source, key)"
         asked = _rows(con, SUMS.format(group=category, rows=joined.format(f"{LOCK} AS lock")), lock=lock_path)
         done = {r["name"]: r for r in _rows(con, SUMS.format(group=category, rows=joined.format("delivered")))}
-    if [r["name"] for r in asked] != ["(none)"]:
+    if [r["name"] for r in asked] != [categories.NONE]:
         for r in asked:
             n = done.get(r["name"], {}).get("n_tokens", 0)
             found.append(_kind("category", r["name"], r["n_tokens"], n, all_asked, all_done))
@@ -131,17 +131,6 @@ def _kind(of: str, name: str, asked: int, done: int, all_asked: Row, all_done: R
     return {"by": of, "": name, "in the mix": asked, "realised": done} | dict(
         zip(("share asked", "share realised"), shares, strict=True)
     )
-
-
-def _categories(con: duckdb.DuckDBPyConnection, ledgers: Mapping[str, Artifact]) -> str:
-    """A query for (source, key, category) over the ledgers that have one."""
-    selects = ["SELECT '' AS source, '' AS key, '' AS category WHERE FALSE"]
-    for a in ledgers.values():
-        if files := [str(f) for f in sorted((a.path / "shards").glob("*.parquet"))]:
-            read = f"read_parquet({literal(files)}, union_by_name := TRUE)"
-            if "meta_category" in con.sql(f"SELECT * FROM {read} LIMIT 0").columns:
-                selects.append(f"SELECT source, key, CAST(meta_category AS VARCHAR) FROM {read}")
-    return " UNION ALL ".join(selects)
 
 
 def blocks(stages: Sequence[Artifact], inputs: Mapping[str, Artifact]) -> Iterator[str]:

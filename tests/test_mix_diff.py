@@ -54,6 +54,15 @@ def test_changes_counted_by_hand(root: Path) -> None:
     assert found["ledger_gone"] == []
 
 
+def test_a_category_that_the_mix_gives_a_source_is_that_of_all_its_samples(root: Path) -> None:
+    a = ledger("a", [5, 7], meta_category=["x", "y"])
+    shards = {"a": shard(root, "a", a), "b": shard(root, "b", ledger("b", [11]))}
+    mixes = [[{"source": "a", "epochs": n, "category": "z"}, {"source": "b", "epochs": 1}] for n in (1, 2)]
+    found = mix_diff.difference(root, *(run(root, mix, shards) for mix in mixes))
+    assert {c: r["tokens_delta"] for c, r in by(found["by_category"]).items()} == {"z": 12, "(none)": 0}
+    assert "By category" in "\n".join(mix_diff.lines(found))
+
+
 def test_the_other_way_round_is_the_opposite(root: Path) -> None:
     a, b = two_locks(root)
     there, back = mix_diff.difference(root, a, b)["total"], mix_diff.difference(root, b, a)["total"]
