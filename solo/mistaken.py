@@ -68,7 +68,7 @@ def cut_short(path: Path) -> str | None:
         why = "a zip ends in its list of members"
     elif not tail.endswith(ENDS.get(path.suffix, b"")):
         why = f"a {path.suffix[1:]} file ends in {_shown(ENDS[path.suffix])}"
-    elif path.suffix == ".json" and tail.strip()[-1:] not in (b"]", b"}"):
+    elif path.suffix in (".json", ".jsonl") and tail.strip()[-1:] not in (b"]", b"}", b""):
         why = f"it ends in {_shown(tail[-20:])}"
     else:
         return None
