@@ -146,6 +146,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 def undisturbed(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Artifact, list]:
     told = []
     job = make_job(tmp_path_factory.mktemp("calm"), inputs)
+    job = replace(job, spec=job.spec | {"held_out_every_steps": 16})  # which changes no byte of what is trained
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOLO_RANKS", "2")
         done, _ = artifact.make(job, lambda j: train.run(j, told.append))
@@ -184,10 +185,14 @@ def test_a_stage_trains_every_token_of_its_plan(undisturbed: tuple[Job, Artifact
     assert [m["step"] for m in told] == list(range(1, N_STEPS + 1)) == [m["step"] for m in metrics(job)]
     assert {"lr", "grad_norm", "tokens_per_s", "input_stall_s", "step_s", "eta_s"} <= told[0].keys()
     assert set(told[0]["sources"]) == {"caption", "prose"} and set(told[0]["modalities"]) == {"image", "text"}
-    table = pq.read_table(done.path / "metrics.parquet").to_pylist()
+    start, *table = pq.read_table(done.path / "metrics.parquet").to_pylist()
     assert [(r["step"], r["loss"], dict(r["sources"])) for r in table] == [
         (m["step"], m["loss"], m["sources"]) for m in told
     ]
+    assert [m["step"] for m in told if "held_out" in m] == [16, 32, 48]
+    assert (start["step"], start["loss"], start["held_out"]) == (0, None, told[0]["held_out_before"]["loss"])
+    assert start["held_out"] > 9 > table[15]["held_out"] > table[-1]["held_out_image"]
+    assert stats["held_out"]["after"]["sources"] == dict(table[-1]["held_out_sources"])
     rows = pq.read_table(done.path / "trained.parquet").to_pylist()
     assert [(r["pack"], r["step"]) for r in rows] == [(i, i // 4 + 1) for i in range(4 * N_STEPS)]
     assert rows[1]["loss"] is None and rows[1]["n_loss_tokens"] == 0 < rows[1]["n_tokens"]  # the pack without target
