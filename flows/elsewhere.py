@@ -7,23 +7,23 @@ nothing. Cost: one request each POLL_S.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
 
 import httpx
+from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
-from prefect.states import Cancelling
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling, Failed
 
 from solo.launch import GRACE_S
-
-log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 LEASE_S = 60.0  # a slot whose holder is gone is free after this
@@ -31,7 +31,10 @@ LEASE_S = 60.0  # a slot whose holder is gone is free after this
 
 def run(deployment: str, parameters: dict[str, Any]) -> State:
     """The final state of a new run of a deployment."""
-    asked = cast(Any, run_deployment(deployment, parameters=parameters, timeout=0))
+    try:
+        asked = cast(Any, run_deployment(deployment, parameters=parameters, timeout=0))
+    except ObjectNotFound:
+        return Failed(message=f"{deployment}: the server has no such deployment; the top of infra/gpu.yaml makes it")
     with get_client(sync_client=True) as client:
         try:
             return _final(client, asked.id)
@@ -43,10 +46,14 @@ def run(deployment: str, parameters: dict[str, Any]) -> State:
 
 def _final(client: SyncPrefectClient, run_id: Any, within_s: float = float("inf")) -> State:  # noqa: ANN401
     """The state a run ends in, or the one it is in when the time is over."""
-    deadline = time.monotonic() + within_s
+    deadline, name = time.monotonic() + within_s, ""
     while True:
         with suppress(httpx.TransportError):
-            state = client.read_flow_run(run_id).state
+            run = client.read_flow_run(run_id)
+            state = run.state
+            if state and state.name != name:  # Late: no worker of the pool takes it
+                name = state.name or ""
+                get_run_logger().info("%s on work pool %s: %s", run.name, run.work_pool_name, name)
             if state and (state.is_final() or time.monotonic() > deadline):
                 return state
         time.sleep(POLL_S)
@@ -62,5 +69,10 @@ def gpu_slot() -> Iterator[None]:
     if not limit:
         yield
         return
-    with concurrency(limit, occupy=1, lease_duration=LEASE_S, strict=True, raise_on_lease_renewal_failure=False):
+    slot = concurrency(limit, occupy=1, lease_duration=LEASE_S, strict=True, raise_on_lease_renewal_failure=False)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(slot)
+        except ConcurrencySlotAcquisitionError as error:
+            raise ValueError(f"SOLO_GPU_LIMIT: {error}; `prefect gcl create {limit} --limit 1` makes it") from None
         yield

@@ -12,6 +12,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
 from flows.elsewhere import gpu_slot
 from flows.part import Made, build, through_flow
@@ -52,8 +53,11 @@ class Live:
 @flow(name="train", flow_run_name="train-{node[name]}", log_prints=False)
 def train_flow(node: dict[str, Any], inputs: dict[str, Made], force: bool = False) -> Made | State:
     """Train one stage."""
-    with gpu_slot():
-        return build(node, inputs, force, on_metric=Live(node["name"]))
+    try:
+        with gpu_slot():
+            return build(node, inputs, force, on_metric=Live(node["name"]))
+    except ValueError as error:
+        return Failed(message=str(error))
 
 
 train = through_flow("train", train_flow)

@@ -1,7 +1,8 @@
 """Export: a trained stage as a Hugging Face folder that says where it came from.
 
 In: a train artifact, or the `checkpoint` folder in it, and the data root around it. Out: a folder with safetensors
-under the released names, config, generation config, processor, and a model card whose every figure is a manifest's.
+under the released names, config, generation config, processor, the names of their classes for transformers' Auto
+classes, and a model card whose every figure is a manifest's.
 Invariants: weights are the artifact's bytes, each checked against its SHA-256 as it is copied; the folder appears whole
 or not at all; nothing in it names a path of this machine. Cost: one copy and hash of the weights.
 """
@@ -22,6 +23,24 @@ from solo.markdown import escape, table
 
 CARD = "README.md"
 CHECKPOINT = "checkpoint"
+CLASSES = "solo_classes.py"
+# What `trust_remote_code=True` loads: names of this package, not copies that would grow old.
+CLASSES_TEXT = '''"""Where the Auto classes of transformers find this model: in the package that trained it."""
+
+try:
+    from solo.config import SoloConfig
+    from solo.model import SoloForCausalLM
+    from solo.processor import SoloProcessor
+except ImportError as error:
+    raise ImportError(
+        f"this model's code is not installed ({error}); run `pip install -e .` in a checkout of the recipe that trained it"
+        ", at the commit that README.md names"
+    ) from error
+'''
+AUTO = {
+    "config.json": {"AutoConfig": "SoloConfig", "AutoModelForCausalLM": "SoloForCausalLM"},
+    "processor_config.json": {"AutoProcessor": "SoloProcessor"},
+}
 
 
 def run(checkpoint: Path, to: Path) -> Path:
@@ -38,6 +57,7 @@ def run(checkpoint: Path, to: Path) -> Path:
             if path.parts[0] == CHECKPOINT:
                 _copy(source.path / path, aside / path.relative_to(CHECKPOINT), entry["sha256"])
         _generation_config(aside)
+        _auto_classes(aside)
         (aside / CARD).write_text(card(source), encoding="utf-8")
         if to.is_dir():
             to.rmdir()
@@ -83,6 +103,15 @@ def _generation_config(folder: Path) -> None:
         (folder / "generation_config.json").write_text(json.dumps(given, indent=1))
 
 
+def _auto_classes(folder: Path) -> None:
+    """Let the Auto classes of transformers find ours without an import before."""
+    (folder / CLASSES).write_text(CLASSES_TEXT)
+    for name, classes in AUTO.items():
+        config = json.loads((folder / name).read_bytes())
+        config["auto_map"] = {auto: f"{Path(CLASSES).stem}.{own}" for auto, own in classes.items()}
+        (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+
+
 def card(source: Artifact) -> str:
     """The model card, from manifests alone."""
     root, stages = source.path.parents[2], list(_stages(source))
@@ -97,9 +126,11 @@ def card(source: Artifact) -> str:
         f"# {escape(report.spec['title'] if report else own.name)}",
         "A single transformer for text and image patches (SOLO), trained from a data recipe. "
         + (f"Recipe `{recipe}`, stage `{own.name}`." if recipe else f"Stage `{own.name}`."),
-        "```python\nimport solo.model  # registers the classes\nfrom transformers import AutoModelForCausalLM, "
-        'AutoProcessor\n\nmodel = AutoModelForCausalLM.from_pretrained("this-folder")\n'
-        'processor = AutoProcessor.from_pretrained("this-folder")\n```',
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoProcessor\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this-folder", trust_remote_code=True)\n'
+        'processor = AutoProcessor.from_pretrained("this-folder", trust_remote_code=True)\n```\n\n'
+        "The code is the package of the recipe that trained it (`pip install -e .` in its checkout, commit below); the "
+        "folder holds no code but its names. After `import solo.model`, `trust_remote_code` is not needed.",
         "## Scores",
         table(list(_scores(root, own))) or "No benchmark was asked of this checkpoint.",
         "## Stages, the last one first",

@@ -204,6 +204,7 @@ def gather(n_hosts: int, wait_s: float, say: Callable[[str], None]) -> Gang:
     """The other hosts, once all of them have joined."""
     head = address_of(os.environ["SOLO_HEAD"], "SOLO_HEAD")
     where = f"{head[0]}:{head[1]}"
+    _check_reachable(*head)
     gang, deadline, said_at = Gang(), time.monotonic() + wait_s, 0.0
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -231,6 +232,16 @@ def gather(n_hosts: int, wait_s: float, say: Callable[[str], None]) -> Gang:
             raise
     gang.others.sort(key=lambda other: other.name)
     return gang
+
+
+def _check_reachable(name: str, port: int) -> None:
+    """Refuse a host name that means the loopback here, as Debian's own name for a host does: no other host reaches it."""
+    with suppress(OSError):
+        address = socket.gethostbyname(name)
+        if address.startswith("127.") and address != name and name != "localhost":
+            raise ValueError(
+                f"SOLO_HEAD: {name} is {address} on this host; give the address that others reach, with :{port}"
+            )
 
 
 def _greet(connection: socket.socket) -> Other | None:

@@ -18,18 +18,25 @@ from solo.spec import Stage
 IDS = [[1, 272, 5255, 28705, 28740, 2310]]
 FRESH = """
 import json, sys
-import solo.model
 from transformers import AutoModelForCausalLM, AutoProcessor, GenerationConfig
 import torch
 
 torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+sys.modules["solo"] = None  # as where it is not installed
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+except ImportError as error:
+    missing = str(error)
+del sys.modules["solo"]
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 GenerationConfig.from_pretrained(sys.argv[1])
-given = AutoProcessor.from_pretrained(sys.argv[1])(text=["the cat 1 sat on"])
+given = processor(text=["the cat 1 sat on"])
 answer = model.generate(**given, max_new_tokens=2)
 with torch.no_grad():
     logits = model(torch.tensor(json.loads(sys.argv[2]))).logits
-print(json.dumps({"logits": logits.tolist(), "answer": answer.shape[1] - given["input_ids"].shape[1]}))
+print(json.dumps({"logits": logits.tolist(), "answer": answer.shape[1] - given["input_ids"].shape[1],
+                  "missing": missing, "classes": [type(model).__module__, type(processor).__module__]}))
 """
 
 
@@ -74,12 +81,16 @@ def test_a_fresh_process_has_the_trainer_s_logits(stage: tuple[Artifact, list], 
     for path in to.iterdir():
         for place in (made.path, train.REPOSITORY):
             assert str(place).encode() not in path.read_bytes(), path
-    env = launch.environment(1, "cpu")
+    env = launch.environment(1, "cpu") | {"HF_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", FRESH, str(to), json.dumps(IDS)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["logits"] == logits and found["answer"] > 0
+    assert found["classes"] == ["solo.model", "solo.processor"]
+    assert (
+        found["missing"].startswith("this model's code is not installed (") and "pip install -e ." in found["missing"]
+    )
 
 
 def test_the_card_has_the_figures_of_the_manifests(stage: tuple[Artifact, list], tmp_path: Path) -> None:
