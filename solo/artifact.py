@@ -17,13 +17,14 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 RECORD = "prefect-result.json"  # Prefect's cache record lives beside the manifest, so `rm -r` drops both
 WORK = ".work"  # scratch of an unfinished part; removed when the manifest is written
 CHUNK_BYTES = 1 << 20
+SAY_S = 1.0  # a lock that is held longer is held by a run that works, not by one that looks
 
 
 class LedgerError(AssertionError):
@@ -196,7 +198,7 @@ def make(job: Job, run: Callable[[Job], Result], *, force: bool = False) -> tupl
         # A worker re-imports the main script; without this line it would wait for the lock its parent holds.
         raise RuntimeError("a script that makes artifacts needs `if __name__ == '__main__':` around its work")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(f".{out.name}.lock")):
+    with _alone(job):
         if not force and damage(out) is None:
             manifest = read_manifest(out)
             assert manifest is not None
@@ -210,6 +212,21 @@ def make(job: Job, run: Callable[[Job], Result], *, force: bool = False) -> tupl
         result = run(job)
         manifest = seal(job, result, seconds=time.time() - began)
     return Artifact(out, manifest), True
+
+
+@contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """Hold the lock on an artifact's folder; a wait for another run is said."""
+    lock = FileLock(job.out.with_name(f".{job.out.name}.lock"))
+    try:
+        lock.acquire(timeout=SAY_S)
+    except Timeout:
+        job.progress(f"{job.part}/{job.name}: another run is making it; waits for that one to end")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _remove(folder: Path) -> None:

@@ -33,8 +33,8 @@ try:
     from solo.processor import SoloProcessor
 except ImportError as error:
     raise ImportError(
-        f"this model's code is not installed ({error}); run `pip install -e .` in a checkout of the recipe that trained it"
-        ", at the commit that README.md names"
+        f"this model's code is not installed ({error}); run `pip install -e .` in a checkout of the recipe that "
+        "trained it, at the commit that README.md names"
     ) from error
 '''
 AUTO = {

@@ -204,12 +204,11 @@ def gather(n_hosts: int, wait_s: float, say: Callable[[str], None]) -> Gang:
     """The other hosts, once all of them have joined."""
     head = address_of(os.environ["SOLO_HEAD"], "SOLO_HEAD")
     where = f"{head[0]}:{head[1]}"
-    _check_reachable(*head)
     gang, deadline, said_at = Gang(), time.monotonic() + wait_s, 0.0
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(head)
+            listener.bind((_listened(head[0]), head[1]))
         except OSError as error:
             raise ValueError(f"SOLO_HEAD: cannot listen on {where} ({error}); give an address of this host") from None
         listener.listen()
@@ -234,14 +233,16 @@ def gather(n_hosts: int, wait_s: float, say: Callable[[str], None]) -> Gang:
     return gang
 
 
-def _check_reachable(name: str, port: int) -> None:
-    """Refuse a host name that means the loopback here, as Debian's own name for a host does: no other host reaches it."""
+def _listened(name: str) -> str:
+    """Where to listen for those who connect to a host name: everywhere, if only here it means the loopback.
+
+    Debian gives a host's own name 127.0.1.1, at which no other host reaches it.
+    """
     with suppress(OSError):
         address = socket.gethostbyname(name)
-        if address.startswith("127.") and address != name and name != "localhost":
-            raise ValueError(
-                f"SOLO_HEAD: {name} is {address} on this host; give the address that others reach, with :{port}"
-            )
+        if address.startswith("127.") and name not in (address, "localhost"):
+            return ""
+    return name
 
 
 def _greet(connection: socket.socket) -> Other | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from solo import artifact
 from solo.artifact import Job, LedgerError, Result, damage, latest, make, read_manifest
 
 
@@ -109,7 +110,7 @@ def test_force_starts_from_nothing_and_resume_does_not(tmp_path: Path) -> None:
     assert not job(tmp_path).work.exists()
 
 
-def test_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:
+def test_a_wait_for_another_run_is_said_and_its_kill_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = textwrap.dedent("""
         import sys, time
         from pathlib import Path
@@ -123,10 +124,16 @@ def test_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", code, tmp_path, Path(__file__).parent], stdout=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stdout.readline() == b"in\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    _, ran = make(job(tmp_path), write_one)
-    assert ran
+    monkeypatch.setattr(artifact, "SAY_S", 0.1)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+
+    _, ran = make(replace(job(tmp_path), progress=say), write_one)
+    assert ran and said == ["filter/toy: another run is making it; waits for that one to end"]
 
 
 def test_latest_is_the_one_made_last(tmp_path: Path) -> None:

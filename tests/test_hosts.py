@@ -96,6 +96,10 @@ def test_hosts_that_do_not_come_are_waited_for_so_long(monkeypatch: pytest.Monke
         ValueError, match=r"0 of 1 other hosts joined 127.0.0.4:29400 within 0 s \(none\); run `solo join"
     ):
         hosts.gather(2, 0.1, said.append)
+    assert hosts._listened("127.0.0.4") == "127.0.0.4" and hosts._listened("localhost") == "localhost"
+    with pytest.MonkeyPatch.context() as patch:  # as Debian names a host
+        patch.setattr(socket, "gethostbyname", {"node-0": "127.0.1.1", "node-1": "10.0.0.1"}.__getitem__)
+        assert hosts._listened("node-0") == "" and hosts._listened("node-1") == "node-1"
     assert said == ["waits for 1 more hosts to `solo join 127.0.0.4:29400`; here: none"]
 
 
