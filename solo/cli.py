@@ -117,11 +117,12 @@ def run(
 def join(
     head: Annotated[str, typer.Argument(help="HOST:PORT at which the head listens, its SOLO_HEAD.")],
     address: Annotated[str | None, typer.Option(help="Address of this host, where it has several.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="End after one stage, as started from a hostfile.")] = False,
 ) -> None:
     """Train beside another host, the head: serve the stages it starts with SOLO_HOSTS set, until ended."""
     from solo import join as joined
 
-    joined.main(head, address)
+    joined.main(head, address, once=once)
 
 
 @app.command()

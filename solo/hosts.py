@@ -1,7 +1,7 @@
 """Hosts: the other hosts of a stage, seen from the head, where its supervisor runs.
 
-In: $SOLO_HOSTS and $SOLO_HEAD; on each other host `solo join HEAD`, started by whoever places processes (srun, a
-Kubernetes Job, ssh). Out: the ranks of every host in one rendezvous; what they say, in the head's `train.log`.
+In: $SOLO_HOSTS and $SOLO_HEAD, or a hostfile; on each other host `solo join HEAD`, started by whoever places processes
+(srun, a Kubernetes Job, ssh). Out: the ranks of every host in one rendezvous; what they say, in the head's `train.log`.
 Invariants: the connection to a host is to it what the pipe to local ranks is to them, so a host whose head is gone
 ends its ranks, and a host that is gone ends the stage with its name; hosts are numbered by name, not by arrival. No
 scheduler: nothing here starts a process on another host. Cost: a read of each connection each 0.1 s.
@@ -28,6 +28,7 @@ from typing import IO, Any
 import psutil
 
 from solo.artifact import CHUNK_BYTES, canonical, commit
+from solo.hostfile import Client, Hostfile, start
 
 DEFAULT_PORT = 29400
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
@@ -62,7 +63,9 @@ def address_of(text: str, name: str) -> tuple[str, int]:
 
 
 def count() -> int:
-    """$SOLO_HOSTS, else 1."""
+    """Those of $SOLO_HOSTFILE, else $SOLO_HOSTS, else 1."""
+    if listed := Hostfile.from_env():
+        return len(listed.names)
     asked = os.environ.get("SOLO_HOSTS", "1")
     if not (asked.isdigit() and int(asked) > 0):
         raise ValueError(f"SOLO_HOSTS is {asked!r}; give the number of hosts, 1 or more")
@@ -144,6 +147,7 @@ class Gang:
     """All other hosts of one stage."""
 
     others: list[Other] = field(default_factory=list)
+    clients: list[Client] = field(default_factory=list)
 
     def launch(self, job_file: Path, *, ranks: int, device: str, root: Path) -> Place:
         """Tell every host to start its ranks; the head's own place."""
@@ -198,11 +202,15 @@ class Gang:
         """Let go of every host, which ends what still runs there."""
         for other in self.others:
             other.connection.close()
+        for client in self.clients:
+            client.process.terminate()
+            client.process.wait()
 
 
 def gather(n_hosts: int, wait_s: float, say: Callable[[str], None]) -> Gang:
     """The other hosts, once all of them have joined."""
-    head = address_of(os.environ["SOLO_HEAD"], "SOLO_HEAD")
+    listed = Hostfile.from_env()
+    head = address_of(os.environ.get("SOLO_HEAD") or (listed.names[0] if listed else ""), "SOLO_HEAD")
     where = f"{head[0]}:{head[1]}"
     gang, deadline, said_at = Gang(), time.monotonic() + wait_s, 0.0
     with socket.socket() as listener:
@@ -213,6 +221,7 @@ def gather(n_hosts: int, wait_s: float, say: Callable[[str], None]) -> Gang:
             raise ValueError(f"SOLO_HEAD: cannot listen on {where} ({error}); give an address of this host") from None
         listener.listen()
         try:
+            gang.clients += start(listed.names[1:], where) if listed else ()
             while len(gang.others) < n_hosts - 1:
                 now = time.monotonic()
                 joined = ", ".join(other.name for other in gang.others) or "none"
@@ -221,6 +230,8 @@ def gather(n_hosts: int, wait_s: float, say: Callable[[str], None]) -> Gang:
                         f"{len(gang.others)} of {n_hosts - 1} other hosts joined {where} within {wait_s:.0f} s "
                         f"({joined}); run `solo join {where}` on each, or lower SOLO_HOSTS"
                     )
+                for client in gang.clients:
+                    client.check()
                 if now - said_at > SAY_S:
                     said_at = now
                     say(f"waits for {n_hosts - 1 - len(gang.others)} more hosts to `solo join {where}`; here: {joined}")

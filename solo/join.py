@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 SHARED_S = 10.0  # a network file system may show a new file this late
+ONCE_S = 30.0
 Say = Callable[[str], None]
 
 
@@ -39,8 +40,8 @@ class Refused(ValueError):
     """This host cannot run the head's job."""
 
 
-def serve(head: str, address: str | None, say: Say = log.info) -> None:
-    """Serve the head's stages until SIGTERM."""
+def serve(head: str, address: str | None, *, once: bool = False, say: Say = log.info) -> None:
+    """Serve the head's stages until SIGTERM; `once`: one stage, of a head that listens by now."""
     where = hosts.address_of(head, "HEAD")
     told = threading.Event()
 
@@ -49,13 +50,18 @@ def serve(head: str, address: str | None, say: Say = log.info) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     say(f"waits for a stage of {where[0]}:{where[1]}")
+    deadline = time.monotonic() + ONCE_S
     while not told.is_set():
         connection = _connect(where, address)
         if connection is None:
+            if once and time.monotonic() > deadline:
+                raise ValueError(f"nothing listens at {where[0]}:{where[1]} as seen from this host; look at SOLO_HEAD")
             told.wait(RETRY_S)
             continue
         with connection:
             _one_stage(connection, told, say)
+        if once:
+            return
 
 
 def _connect(where: tuple[str, int], address: str | None) -> socket.socket | None:
@@ -169,10 +175,10 @@ def _pass_on(child: launch.Ranks, connection: socket.socket, name: str) -> None:
         connection.sendall(canonical({"event": "ended", "host": name, "code": child.wait()}) + b"\n")
 
 
-def main(head: str, address: str | None) -> None:
+def main(head: str, address: str | None, *, once: bool) -> None:
     """`solo join`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        serve(head, address)
+        serve(head, address, once=once)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from solo import checkpoint, devices, fp8, hosts, launch, memory, realised, sick, start, track, trained
 from solo import metrics as metrics_table
 from solo.artifact import Job, Result, canonical, write_atomic
+from solo.hostfile import Hostfile
 from solo.launch import Device, Interrupted
 from solo.plan import Plan
 from solo.spec import ModelSpec, Stage, Tokens
@@ -107,14 +108,15 @@ def check_compiler() -> None:
 
 
 def rank_count(n_gpus: int, stage: Stage, n_hosts: int = 1) -> int:
-    """Ranks of all hosts; of each $SOLO_RANKS, else one per GPU, else two (or the one core there is).
+    """Ranks of all hosts; of each $SOLO_RANKS, else its slots, else one per GPU, else two (or the one core there is).
 
     They must divide the batch.
     """
     asked = os.environ.get("SOLO_RANKS")
     if asked is not None and not (asked.isdigit() and int(asked) > 0):
         raise ValueError(f"SOLO_RANKS: {asked!r} is not a number of processes; set 1 or more, or unset it")
-    of_host = int(asked) if asked else n_gpus or min(2, launch.core_count())
+    listed = Hostfile.from_env()
+    of_host = int(asked) if asked else listed.slots if listed else n_gpus or min(2, launch.core_count())
     if n_gpus and of_host > n_gpus:
         raise ValueError(f"SOLO_RANKS: {of_host} processes need as many GPUs, {n_gpus} are visible; unset it")
     ranks = of_host * n_hosts

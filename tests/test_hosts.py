@@ -116,3 +116,34 @@ def test_settings_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLO_HOSTS", "2")
     with pytest.raises(ValueError, match="SOLO_HOSTS=2 needs SOLO_HEAD=HOST:PORT"):
         hosts.count()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a slots=2\nb\n", r":2: 'b' is not a line `HOST slots=N` with a host of its own"),
+        ("a slots=2\na slots=2\n", r":2: 'a slots=2' is not a line"),
+        ("a slots=0\n", r":1: 'a slots=0' is not a line"),
+        ("a slots=2\nb slots=4  # bigger\n", r": \{'a': 2, 'b': 4\}; give every host as many slots"),
+        ("# none\n", r": no host; give every host as many slots, one host at least"),
+    ],
+)
+def test_a_hostfile_that_is_none_is_refused(
+    text: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text(text)
+    monkeypatch.setenv("SOLO_HOSTFILE", str(path))
+    with pytest.raises(ValueError, match=f"^{path}{says}"):
+        hosts.count()
+
+
+def test_a_host_that_ssh_does_not_reach_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("127.0.0.5 slots=4\nb slots=4\n")
+    monkeypatch.setenv("SOLO_HOSTFILE", str(path))
+    monkeypatch.setenv("SOLO_SSH", "bash -c 'echo no route to $0 >&2; exit 255'")
+    stage = Stage.model_validate(make_job(Path(), {}).spec["stage"]).model_copy(update={"batch_packs": 16})
+    assert hosts.count() == 2 and train.rank_count(8, stage, 2) == 8
+    with pytest.raises(ValueError, match="host b: `solo join` could not be started by ssh, code 255: no route to b"):
+        hosts.gather(2, 20.0, lambda said: None)

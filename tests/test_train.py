@@ -321,16 +321,27 @@ def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
     assert not children_of(job)
 
 
-def test_a_host_that_is_gone_ends_the_stage_with_its_name(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+def test_a_host_that_is_gone_ends_the_stage_with_its_name(
+    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hosts are those of a hostfile; what stands in for ssh runs the command here, and says under which number."""
+    ssh, listed, pid = tmp_path / "ssh", tmp_path / "hostfile", tmp_path / "pid"
+    ssh.write_text(f'#!/bin/bash\n[ "$1" = b ] && echo $$ > {pid} && exec bash -c "$2"\n')
+    ssh.chmod(0o755)
+    listed.write_text("# two hosts\na slots=1\n\nb slots=1\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        head = f"127.0.0.1:{probe.getsockname()[1]}"
+    for name, value in {"SOLO_HOSTFILE": str(listed), "SOLO_SSH": str(ssh), "SOLO_HEAD": head}.items():
+        monkeypatch.setenv(name, value)
     job = make_job(tmp_path / "root", inputs)
-    with two_hosts(tmp_path) as joined:
-        process = start(job, tmp_path)
-        wait_for_step(job, process, EVERY + 1)
-        began = time.monotonic()
-        joined.kill()
-        process.wait(20)
+    process = start(job, tmp_path)
+    wait_for_step(job, process, EVERY + 1)
+    began = time.monotonic()
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    process.wait(20)
     assert process.returncode == 1 and time.monotonic() - began < 20
-    name = re.escape(f"host {socket.gethostname()} (127.0.0.2)")
+    name = re.escape(f"host {socket.gethostname()} (127.0.0.1)")
     says = rf"RuntimeError: train/tiny: {name}: gone, the connection to it ended .*train\.log"
     assert re.search(says, (tmp_path / "run.log").read_text())
     wait_until_gone(job)
