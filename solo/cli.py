@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import cli_bench, cli_fetch, closing, estimate, estimate_text, line, memory, runs
+from solo import cli_bench, cli_fetch, closing, estimate, estimate_text, hosts, line, memory, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
@@ -98,6 +98,7 @@ def run(
 ) -> None:
     """Run a recipe here, without a worker: the same tracked flow as `prefect deployment run solo/full-recipe`."""
     settings = Settings.from_env()
+    hosts.count()  # a wrong setting of the machine is found here, not when training begins
     _check_parts(only=only, force=force)
     nodes = line.select(
         line.nodes(recipe, settings.specs, settings.root), max(only, key=PARTS.index) if only else until
