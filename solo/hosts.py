@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -76,9 +75,11 @@ def count() -> int:
     return int(asked)
 
 
-@cache
 def code() -> dict[str, str]:
-    """What must be the same on every host for their ranks to compute the same: our sources, packages, Python."""
+    """What must be the same on every host for their ranks to compute the same: our sources, packages, Python.
+
+    Read anew for each stage, as ranks do: a `solo join` lives longer than a checkout stays as it is.
+    """
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.relative_to(Path(__file__).parent).as_posix().encode() + b"\0" + path.read_bytes())
