@@ -200,6 +200,10 @@ def _sections(m: Manifest, known: Mapping[str, Origin]) -> Iterator[str]:
     yield table([{"reason": r, "samples": n} for r, n in m.counts["dropped"].items() if n])
     if predicates := list(_predicates(mix["sources"])):
         yield table(predicates)
+    if limits := list(_limits(mix)):
+        yield table(limits)
+    if mix.get("sql"):
+        yield "Which of the others are in it, and how often, a query says that `mix.sql` holds."
     yield (
         "## Uses\n\nTraining one stage of a vision-language model. Personal data, bias and unsafe content are those of "
         "the sources after their filters; nothing further was removed or checked here."
@@ -231,6 +235,22 @@ def _composition(stats: Mapping[str, Any], total: int) -> Iterator[Row]:
 def _origin_row(source: str, origin: Origin) -> Row:
     facts = {"title": origin.title, "licence": origin.licence, "revision": origin.revision, "published at": origin.url}
     return {"source": source} | {k: v or "unknown" for k, v in facts.items()}
+
+
+def _limits(mix: Mapping[str, Any]) -> Iterator[Row]:
+    """What the spec of the mix allows at most, or demands."""
+    for s in mix["sources"]:
+        for name, q in s.get("quotas", {}).items():
+            yield {"limit": name, "on": s["source"], "of each": q["by"], "is": _most(q)}
+    for category, q in mix.get("quotas", {}).items():
+        yield {"limit": "quota", "on": f"category {category}", "of each": None, "is": _most(q)}
+    if share := mix.get("text_share"):
+        told = f"{share['least']:g} ... {share['most']:g} of the tokens"
+        yield {"limit": "text_share", "on": "samples without images", "of each": None, "is": told}
+
+
+def _most(quota: Mapping[str, Any]) -> str:
+    return f"{quota['samples']:,} samples" if quota.get("samples") else f"{quota['tokens']:,} tokens"
 
 
 def _predicates(sources: Sequence[Mapping[str, Any]]) -> Iterator[Row]:

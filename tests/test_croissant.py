@@ -64,10 +64,28 @@ def test_the_datasheet_tells_the_counts_and_what_is_unknown(lock: Artifact, tmp_
     assert len(rows) == 3 and len({line.count("|") for line in rows[:1]}) == 1
 
 
+@pytest.fixture
+def limited(root: Path) -> Artifact:
+    """A lock with a file of what was left out, too."""
+    text = ledger("b", [5, 7, 9]).set_column(5, "n_images", [[0, 0, 0]])
+    mix = [{"source": "a", "epochs": 2, "category": "x", "quotas": {"size": {"by": "n_tokens > 5", "samples": 1}}}]
+    mix.append({"source": "b", "epochs": 1})
+    shards = {"a": shard(root, "a", ledger("a", [5, 7, 9])), "b": shard(root, "b", text)}
+    return run(root, mix, shards, quotas={"x": {"tokens": 12}}, text_share={"most": 0.8})
+
+
+def test_the_datasheet_tells_the_limits(limited: Artifact, tmp_path: Path) -> None:
+    text = croissant.write(tmp_path, limited, ORIGINS)[1].read_text()
+    for row in ("| size | a | n_tokens &#62; 5 | 1 samples |", "| quota | category x |", "0 ... 0.8 of the tokens"):
+        assert row in text, text
+
+
 @pytest.mark.optional
-def test_mlcroissant_accepts_and_loads_it(lock: Artifact, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["lock", "limited"])
+def test_mlcroissant_accepts_and_loads_it(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     import mlcroissant
 
+    lock = request.getfixturevalue(which)
     path, _ = croissant.write(tmp_path / "cards", lock, ORIGINS)
     dataset = mlcroissant.Dataset(path)
     assert not dataset.metadata.issues.errors and not dataset.metadata.issues.warnings
