@@ -39,6 +39,7 @@ class Crew:
         at_once, rate = rules.host_concurrency, rules.host_requests_per_s
         return dataclasses.replace(
             rules,
+            n_machines=self.n_machines,
             host_concurrency=at_once and max(at_once // self.n_machines, 1),
             host_requests_per_s=rate and rate / self.n_machines,
         )

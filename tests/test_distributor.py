@@ -1,16 +1,19 @@
 """Settings of a machine that say who fetches and where the pictures go; what they may not change is the result."""
 
+import dataclasses
 import os
 import subprocess
+import time
 
 import pytest
-from hostile import Canary, Server
+from hostile import Canary, Server, answer, encoded
 from test_hostile import job, rows
 
 from solo import acquire, download
 from solo.artifact import Job, make
 from solo.distributor import Crew, Images, crew, remove_images
 from solo.isolated.rules import Rules
+from solo.isolated.web import Guest
 from solo.url_rows import UrlList
 
 RULES = Rules("test/1 (test@example.org)", "", "", host_concurrency=4, host_requests_per_s=10.0)
@@ -43,9 +46,19 @@ def test_machines_share_a_host_s_budget(monkeypatch):
     monkeypatch.setenv("SOLO_DISTRIBUTOR", "pyspark")
     monkeypatch.setenv("SOLO_MACHINES", "8")
     one = crew().share(RULES)
-    assert (one.host_concurrency, one.host_requests_per_s) == (1, 1.25)
-    free = Rules("test/1 (test@example.org)", "", "")
-    assert crew().share(free) == free  # a loopback origin has no budget to share
+    assert (one.host_concurrency, one.host_requests_per_s, one.n_machines) == (1, 1.25, 8)
+    free = crew().share(Rules("test/1 (test@example.org)", "", ""))
+    assert (free.host_concurrency, free.host_requests_per_s) == (None, None)  # a loopback origin has none to share
+
+
+def test_a_crawl_delay_holds_over_all_machines(tmp_path):
+    rules = Rules("TestBot/1.0 (bot@example.org)", "", str(tmp_path), n_machines=3, timeout_s=2)
+    routes = {"/x.jpg": answer(encoded())}
+    with Server(routes, {"good.test": answer(b"User-agent: *\nCrawl-delay: 0.1\n")}) as server:
+        guest = Guest(dataclasses.replace(rules, mapped=(("good.test", "127.0.0.1", server.port),)))
+        began = time.monotonic()
+        assert [guest.visit("http://good.test/x.jpg").failed for _ in range(3)] == [None] * 3
+        assert time.monotonic() - began >= 2 * 3 * 0.1
 
 
 def test_the_distributor_is_img2dataset_s_own(monkeypatch, tmp_path):

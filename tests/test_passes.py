@@ -157,6 +157,21 @@ def test_nothing_to_ask_makes_no_pass(story):
         list(retry.run("web", ["dns"], False, settings))
 
 
+def test_a_list_of_questions_can_be_asked_again_too(tmp_path):
+    build(tmp_path / "specs", 1)
+    path = tmp_path / "specs/sources/web.yaml"
+    settings = Settings(tmp_path / "root", tmp_path / "specs", 1)
+    for adapter, words in (
+        ("url_questions", "acquire has not run"),
+        ("jsonl_text", "only lists of url_list.download and"),
+    ):
+        raw = yaml.safe_load(path.read_text())
+        raw["acquire"]["adapter"] = f"{adapter}.{'read' if adapter == 'jsonl_text' else 'download'}"
+        path.write_text(yaml.safe_dump(raw))
+        with pytest.raises(ValueError, match=words):
+            list(retry.run("web", ["dns"], False, settings))
+
+
 def test_a_list_of_the_open_web_needs_a_contact(tmp_path):
     build(tmp_path / "specs", 1)
     path = tmp_path / "specs/sources/web.yaml"

@@ -40,6 +40,7 @@ class Rules:
     host_concurrency: int | None = None  # None: as many as there are threads
     host_requests_per_s: float | None = None
     retry_after_s: float = 5.0  # a longer wait is left to a later pass
+    n_machines: int = 1  # which keep their budgets apart; the two above are one machine's part
 
     @property
     def token(self) -> str:

@@ -120,7 +120,7 @@ class Guest:
 
     def _politely(self, target: Target, visit: Visit, deadline: float) -> bytes | tuple[int, str]:
         """The body, or the status and the location of a redirect; a busy host is asked again after its pause."""
-        delay_s = self.robots.of(target).delay_s
+        delay_s = self.robots.of(target).delay_s * self.rules.n_machines
         for attempt in range(TRIES):
             began = time.monotonic()
             with self.budget.request(target.host, delay_s):
