@@ -11,6 +11,8 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
@@ -19,7 +21,8 @@ from flows.part import Made, build, through_flow
 from solo import curves, watch
 
 PROGRESS_S = 2.0
-PAGE_S = 15.0
+PAGE_S, PAGE_MOST_S = 15.0, 300.0
+PAGE_AGE = 0.02  # of a stage's age lies between two pages: the older, the less one step changes
 PAGE_SHARE = 0.03  # of the time, at most, goes into drawing: on a CPU the ranks wait for those cores
 
 
@@ -30,6 +33,8 @@ class Live:
         self.stage = stage
         self.rows: list[dict[str, Any]] = []
         self.bar: Any = None
+        self.page: Any = None
+        self.began = time.monotonic()
         self.bar_at = self.page_due = 0.0
 
     def __call__(self, metrics: dict[str, Any]) -> None:
@@ -45,9 +50,13 @@ class Live:
             else:
                 update_progress_artifact(self.bar, progress=percent, description=line)
         if now >= self.page_due or last:
-            create_markdown_artifact(key=f"{self.stage}-loss", markdown=curves.page(self.stage, self.rows))
+            page = curves.page(self.stage, self.rows)
+            if self.page is None:
+                self.page = create_markdown_artifact(key=f"{self.stage}-loss", markdown=page)
+            else:  # in place: a stage of days would else leave gigabytes of versions in the database
+                get_client(sync_client=True).update_artifact(self.page, ArtifactUpdate(data=page))
             took = time.monotonic() - now
-            self.page_due = now + max(PAGE_S, took / PAGE_SHARE)
+            self.page_due = now + max(PAGE_S, took / PAGE_SHARE, min((now - self.began) * PAGE_AGE, PAGE_MOST_S))
 
 
 @flow(name="train", flow_run_name="train-{node[name]}", log_prints=False)
