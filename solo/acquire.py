@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 
-from solo import copies, location, passes
-from solo.artifact import Job, Result, combined_sha256, file_sha256, make
+from solo import artifact, copies, erase, location, passes, takedown
+from solo.artifact import Artifact, Job, Result, combined_sha256, file_sha256, make
 from solo.distributor import remove_images
 from solo.location import UNPINNED
 from solo.passes import FETCH
@@ -40,7 +41,7 @@ STATUSES = (
     *("ok", "duplicate_row", "bad_record", "missing_image", "no_label", "excluded_set", "empty", "bad_hash"),
     *("http_3xx", "http_404", "http_4xx", "http_429", "http_5xx", "timeout", "dns", "connection"),
     *("refused_address", "refused_scheme", "refused_encoding", "refused_format", "disallowed", "robots_unreachable"),
-    *("too_large", "bomb", "hash_mismatch", "not_image", "undecodable", "decoder_died", "lost"),
+    *("too_large", "bomb", "hash_mismatch", "not_image", "undecodable", "decoder_died", "lost", takedown.TAKEN_DOWN),
 )
 TOTALS = """
 SELECT status, count(*), coalesce(sum(n_images), 0) FROM read_parquet($outcomes) GROUP BY status ORDER BY status
@@ -64,22 +65,65 @@ class Fetched:
     served_sha256: str | None = None
 
 
+class Touched(Exception):
+    """The list of takedowns means samples of a source that the spec of its job does not say yet; `ids` are all."""
+
+    def __init__(self, ids: set[str]) -> None:
+        super().__init__(f"entries of {takedown.FILE} that mean samples of the source: {sorted(ids)}")
+        self.ids = ids
+
+
+def made(job: Job, run: Callable[[Job], Result], *, force: bool = False) -> tuple[Artifact, bool]:
+    """The acquire artifact of a job, under the identity of what was taken down in it.
+
+    Which entries of the list mean something of a source is known for sure once its records are there: a source never
+    read before then moves, whole, to the name it turned out to have.
+    """
+    try:
+        return make(job, run, force=force)
+    except Touched as touched:
+        other = dataclasses.replace(job, spec=takedown.with_ids(job.spec, touched.ids))
+        if artifact.damage(other.out) is not None:
+            shutil.rmtree(other.out, ignore_errors=True)
+            job.out.rename(other.out)
+        return make(other, run)
+
+
 def run(job: Job) -> Result:
-    """Acquire one source, or lay its passes over the first download; what an interrupted attempt finished stays."""
+    """Acquire one source, or make it from what was acquired before; what an interrupted attempt finished stays."""
+    listed = takedown.Listed.of(job.specs)
     told: dict[str, Any] = {}
-    if job.spec.get("passes"):
-        first, _ = make(dataclasses.replace(job, spec=passes.base(job.spec)), run)
-        told = passes.put_together(job, first)
+    before = _before(job)
+    if before is not None:
+        outcomes, told = passes.put_together(job, before)
+        erase.run(job, outcomes, listed)
     elif not (job.out / OUTCOMES).is_file():
-        _acquire(job)
+        _acquire(job, listed)
+        erase.run(job, job.work / OUTCOMES, listed)
+    remove_images(job)
+    if "pass" not in job.spec and (found := erase.applied(job.out / OUTCOMES)) != takedown.recorded(job.spec):
+        raise Touched(found)
     return _result(job, told)
 
 
-def _acquire(job: Job) -> None:
+def _before(job: Job) -> Artifact | None:
+    """What was acquired of this very source before and is to be changed; None where it is to be read anew."""
+    if not (job.spec.get("passes") or job.spec.get("takedown")):
+        return None
+    found = passes.nearest(job.root, job.version, job.spec, takedown.recorded(job.spec))
+    if found is not None or not job.spec.get("passes"):
+        return found
+    return made(dataclasses.replace(job, spec=passes.base(job.spec)), run)[0]
+
+
+def _acquire(job: Job, listed: takedown.Listed) -> None:
     spec = Acquire.model_validate({**job.spec["acquire"], **job.where})
     source = job.spec["source"]
     items = _items(job, source, _locate(job, source, spec), spec)
     begun = job.work / "begun"
+    if begun.exists() and erase.is_asked_for(job, listed):
+        remove_images(job)  # an attempt that began before the list was longer would go on fetching what is on it
+        shutil.rmtree(job.work)
     if not begun.exists():  # tars without their scratch may stem from other downloads
         shutil.rmtree(job.out / "raw", ignore_errors=True)
         job.work.mkdir(parents=True, exist_ok=True)
@@ -99,8 +143,7 @@ def _acquire(job: Job) -> None:
         spool.add(row)
     tars.close()
     spool.close()
-    write_sorted(job, job.work / "spool.parquet")
-    remove_images(job)
+    write_sorted(job, job.work / "spool.parquet", job.work / OUTCOMES)
 
 
 def _items(job: Job, source: str, path: Path, spec: Acquire) -> Iterator[Sample | Rejected | Fetched]:
@@ -157,6 +200,8 @@ def _result(job: Job, told: dict[str, Any]) -> Result:
     if job.where:  # whence it came this time, for people
         told |= {"location": job.where["location"].partition("?")[0]}
     dropped = {status: n for status, n in by_status.items() if status != "ok"}
+    if (job.out / passes.LINK_ROT).is_file():
+        told |= {"link_rot": passes.link_rot(pq.read_table(job.out / passes.LINK_ROT).to_pylist())}
     volatile = (FETCH, passes.LINK_ROT)
     return Result(sum(by_status.values()), by_status.get("ok", 0), dropped, stats | told, volatile)
 

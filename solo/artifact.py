@@ -206,7 +206,7 @@ def make(job: Job, run: Callable[[Job], Result], *, force: bool = False) -> tupl
         if force or (out / MANIFEST).exists():
             # A file that is there counts as done only in an attempt of our own: of a finished artifact that was harmed
             # later, any file may be missing, short, or named by a neighbour that is still there.
-            _remove(out)
+            remove(out)
         job.work.mkdir(parents=True, exist_ok=True)
         began = time.time()
         result = run(job)
@@ -229,7 +229,7 @@ def _alone(job: Job) -> Iterator[None]:
         lock.release()
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder as a whole: it has left its name before its first file goes."""
     aside = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(aside, ignore_errors=True)

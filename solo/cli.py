@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from solo import cli_bench, cli_fetch, closing, estimate, estimate_text, hosts, line, memory, runs
+from solo import cli_bench, cli_fetch, cli_trace, closing, hosts, line, runs
 from solo.artifact import LedgerError
 from solo.follow import STOPPED, follow
 from solo.line import CHECKOUT, PARTS, Settings
@@ -36,6 +36,8 @@ app.add_typer(diff, name="diff")
 app.add_typer(show, name="show")
 app.command("revision")(cli_fetch.revision)
 app.command("fetch")(cli_fetch.fetch)
+app.command("trace")(cli_trace.trace)
+app.command("takedown")(cli_trace.takedown)
 out = Console(highlight=False)
 
 Recipe = Annotated[str, typer.Argument(help="Name of a file in datasets_spec/recipes/.")]
@@ -57,6 +59,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say which artifacts a run would make or reuse, and which field or input is the reason."""
+    from solo import estimate, estimate_text, memory
+
     settings = Settings.from_env()
     _check_parts(force=force)
     planned = line.plan(line.select(line.nodes(recipe, settings.specs, settings.root), until), settings, force or ())

@@ -92,6 +92,17 @@ def bench_curate(as_json: Json = False) -> None:
     _figures(measured.run(), as_json)
 
 
+@app.command("trace")
+def bench_trace(
+    as_json: Json = False,
+    rows: Annotated[int, typer.Option(help="Rows of the ledger.", min=10_000)] = 10_000_000,
+) -> None:
+    """Seconds of `solo trace` by key, URL, hash and step on a made ledger, beside a full scan of the same files."""
+    from solo import bench_trace as measured
+
+    _figures(measured.run(rows), as_json)
+
+
 def _figures(found: dict[str, Any], as_json: bool) -> None:
     """A bench's result: one JSON line, or the ratio and what stands behind it."""
     if as_json:

@@ -35,6 +35,7 @@ from solo.origin import Origin
 from solo.passes import FETCH
 from solo.raw import write_groups
 from solo.sample import IMAGE, Message, Sample, text
+from solo.takedown import Listed
 from solo.url_rows import NOT_FETCHED, WHY, UrlList, n_shards, rows_per_shard, write_list, write_rows
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def fetch(urls: UrlList, job: Job) -> Iterator[Fetched]:
         db.execute(f"SET threads = {job.workers:d}")
         db.execute("SET temp_directory = $folder", {"folder": str(job.work / "duckdb")})
         if not listed.exists():
-            write_rows(urls, rows)
+            write_rows(urls, rows, Listed.of(job.specs))
         db.execute("CREATE VIEW rows AS FROM read_parquet('" + str(rows).replace("'", "''") + "')")
         again = passes.choose(db, job)
         if not listed.exists():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from solo import artifact, decontaminate, location, measure, passes
+from solo import artifact, location
 from solo.artifact import Artifact, Job, Manifest, Result
 from solo.plugin import resolve
 from solo.spec import BenchmarkSpec, MixSpec, RecipeSpec, SourceSpec, SpecError, load
@@ -98,14 +98,18 @@ class Planned:
 def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]:
     """Every artifact of a recipe, inputs before their readers. Reads and checks all specs the recipe names.
 
-    `root` is where passes over URL lists are looked for; without it no source has one.
+    `root` is where passes over URL lists are looked for, and samples that were listed in takedown.csv since; without
+    it no source has any.
     """
+    from solo import erase, measure, passes, takedown
+
     recipe = load(RecipeSpec, recipe_name, specs)
     mixes = [load(MixSpec, stage.mix, specs) for stage in recipe.stages]
     names = list(dict.fromkeys(s.source for mix in mixes for s in mix.sources))
     sources = [load(SourceSpec, name, specs) for name in names]
     benchmarks = [load(BenchmarkSpec, name, specs) for name in recipe.benchmarks]
     _check_plugins(sources, benchmarks, specs)
+    entries = takedown.read(specs)
     tokens = recipe.tokens.model_dump(mode="json", exclude_none=True)  # what is off is not identity
     line: list[Node] = []
 
@@ -114,8 +118,10 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
 
     version = _module("acquire").VERSION
     for s in sources:
-        identity = location.identity(s)
-        asked = passes.identity(root, version, identity) if root else identity
+        asked = location.identity(s)
+        if root:
+            asked = passes.identity(root, version, asked)
+            asked = erase.identity(root, version, asked, entries) if entries else asked
         line.append(Node("acquire", s.name, version, asked, (), location.where(s)))
     for s in sources:
         measured = {
@@ -167,6 +173,8 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
 
 def _compared(mix: MixSpec, specs: Path) -> dict[str, Any]:
     """What a mix compares itself with: of each benchmark that it names, where its items are and nothing else."""
+    from solo import decontaminate
+
     named = [load(BenchmarkSpec, name, specs) for name in mix.decontaminate]
     fields = {b.name: b.model_dump(mode="json", include={"revision", "location", "adapter", "args"}) for b in named}
     return {"benchmarks": fields, "decontaminate": decontaminate.VERSION} if fields else {}
@@ -220,8 +228,10 @@ def make_node(
         workers=settings.workers,
         where=node.where,
     )
-    run: Callable[..., Result] = _module(node.part).run
-    made, ran = artifact.make(job, lambda j: run(j, **hooks), force=force)
+    module = _module(node.part)
+    run: Callable[..., Result] = module.run
+    make: Callable[..., tuple[Artifact, bool]] = getattr(module, "made", artifact.make)
+    made, ran = make(job, lambda j: run(j, **hooks), force=force)
     return Ref(node.id, made.manifest.fingerprint, made.manifest.digest), ran
 
 

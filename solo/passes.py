@@ -18,7 +18,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo.artifact import Artifact, Job, Manifest, damage, read_manifest
+from solo.artifact import Artifact, Job, damage, read_manifest
 from solo.raw import OUTCOMES, SCHEMA, write_groups
 
 PART = "pass"
@@ -28,7 +28,7 @@ TRANSIENT = ("timeout", "dns", "connection", "http_429", "http_5xx", "robots_unr
 CHOSEN = "SELECT key FROM read_parquet($outcomes) WHERE list_contains($causes, status) AND url IS NOT NULL"
 OVERLAID = """
 WITH old AS (SELECT * FROM read_parquet($old)), new AS (SELECT * FROM read_parquet($new))
-SELECT * FROM old ANTI JOIN new USING (key, identity)
+SELECT * FROM old ANTI JOIN new USING (identity)  -- `row 17`; a row taken down has no key
 UNION ALL BY NAME
 SELECT * REPLACE (CAST(raw_shard + $n_shards AS INTEGER) AS raw_shard) FROM new
 ORDER BY key, identity, status
@@ -57,22 +57,47 @@ def base(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {name: spec[name] for name in ("source", "revision", "acquire")}
 
 
-def done(root: Path, version: int, spec: Mapping[str, Any]) -> list[Manifest]:
-    """The finished passes over one source's list as it stands in the spec, in order."""
+def made_of(root: Path, part: str, version: int, spec: Mapping[str, Any]) -> list[Artifact]:
+    """The whole artifacts of a part that were made of one source's list as it stands in the spec."""
     wanted, found = base(spec), []
-    for folder in (root / PART / spec["source"]).glob("*/"):
+    for folder in sorted((root / part / spec["source"]).glob("*/")):
         manifest = read_manifest(folder)
         if manifest and manifest.version == version and base(manifest.spec) == wanted and damage(folder) is None:
-            found.append(manifest)
-    return sorted(found, key=lambda m: (m.spec["pass"]["number"], m.fingerprint))
+            found.append(Artifact(folder, manifest))
+    return found
+
+
+def done(root: Path, version: int, spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The finished passes over one source's list, in order.
+
+    Those that are there, and those that were put together before what they held was taken down.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for put in made_of(root, "acquire", version, spec):
+        found |= {p["pass"]: p for p in put.manifest.spec.get("passes", []) if "takedown" in put.manifest.spec}
+    for a in made_of(root, PART, version, spec):
+        m = a.manifest
+        found[m.fingerprint] = m.spec["pass"] | {"pass": m.fingerprint, "digest": m.digest}
+    return sorted(found.values(), key=lambda p: (p["number"], p["pass"]))
 
 
 def identity(root: Path, version: int, spec: dict[str, Any]) -> dict[str, Any]:
     """The spec fields of an acquire node: its source's, and the passes that exist."""
     found = done(root, version, spec)
-    if not found:
-        return spec
-    return spec | {"passes": [m.spec["pass"] | {"pass": m.fingerprint, "digest": m.digest} for m in found]}
+    return spec | {"passes": found} if found else spec
+
+
+def nearest(root: Path, version: int, spec: Mapping[str, Any], taken: set[str]) -> Artifact | None:
+    """The acquire artifact that holds most of what is asked for.
+
+    Its passes begin the spec's, and no entry but those of `taken` was applied to it.
+    """
+    wanted, found = spec.get("passes", []), []
+    for a in made_of(root, "acquire", version, spec):
+        held, applied = a.manifest.spec.get("passes", []), set(a.manifest.spec.get("takedown", ()))
+        if held == wanted[: len(held)] and applied <= taken:
+            found.append((len(held), len(applied), a.manifest.fingerprint, a))
+    return max(found, key=lambda f: f[:3])[3] if found else None
 
 
 def job_of(acquired: Artifact, *, kind: str, causes: Sequence[str], where: Job) -> Job:
@@ -114,35 +139,38 @@ def n_chosen(acquired: Artifact, causes: Sequence[str]) -> int:
     return int(found[0])
 
 
-def put_together(job: Job, first: Artifact) -> dict[str, Any]:
-    """The first download with the passes laid over it, as this job's files; what the passes did, for the stats."""
-    folders = [job.root / PART / job.spec["source"] / p["pass"] for p in job.spec["passes"]]
+def put_together(job: Job, first: Artifact) -> tuple[Path, dict[str, Any]]:
+    """What was acquired before with the passes it lacks laid over it, as this job's files; the outcomes stay aside.
+
+    Returns where they are, and what the passes did, for the stats.
+    """
+    held = len(first.manifest.spec.get("passes", []))
+    passes = job.spec.get("passes", [])[held:]
     (job.out / "raw").mkdir(parents=True, exist_ok=True)
-    outcomes, fetches, said = first.path / OUTCOMES, [first.path / FETCH], []
+    outcomes, fetches = first.path / OUTCOMES, [first.path / FETCH]
+    said = list(first.manifest.stats.get("passes", []))
     n_shards = _link(first.path, job.out, 0)
-    rot: list[dict[str, Any]] = []
+    rot = pq.read_table(first.path / LINK_ROT) if (first.path / LINK_ROT).is_file() else None
     with duckdb.connect() as db:
         db.execute(f"SET threads = {job.workers:d}")
-        for folder, asked in zip(folders, job.spec["passes"], strict=True):
+        for asked in passes:
+            folder = job.root / PART / job.spec["source"] / asked["pass"]
             manifest = read_manifest(folder)
             assert manifest is not None, f"{folder} has gone since the plan"
             tells = {"number": asked["number"], "kind": asked["kind"], "causes": asked["causes"]}
             said.append(tells | {"asked": manifest.counts["in"], "came": manifest.counts["kept"]})
             fetches.append(folder / FETCH)
             if asked["kind"] == "recrawl":
-                table = compare(db, outcomes, folder / OUTCOMES)
-                pq.write_table(table, job.out / LINK_ROT, compression="zstd")
-                rot = table.to_pylist()
+                rot = compare(db, outcomes, folder / OUTCOMES)
                 continue
             overlaid = job.work / f"{asked['number']}.parquet"
             found = {"old": str(outcomes), "new": str(folder / OUTCOMES), "n_shards": n_shards}
             write_groups(overlaid, SCHEMA, db.sql(OVERLAID, params=found).to_arrow_reader(10_000))
             outcomes, n_shards = overlaid, _link(folder, job.out, n_shards)
-        _write_fetches(db, [path for path in fetches if path.exists()], job)
-    aside = job.out / f"{OUTCOMES}.tmp"
-    aside.write_bytes(outcomes.read_bytes())
-    aside.replace(job.out / OUTCOMES)
-    return {"passes": said} | ({"link_rot": link_rot(rot)} if rot else {})
+        _write_fetches(db, fetches, job, held)
+    if rot is not None:
+        pq.write_table(rot, job.out / LINK_ROT, compression="zstd")
+    return outcomes, {"passes": said} if said else {}
 
 
 def _link(folder: Path, out: Path, n_before: int) -> int:
@@ -168,14 +196,17 @@ def link_rot(hosts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return total | {"n_hosts": len(hosts), "hosts": [dict(host) for host in hosts[:N_HOSTS]]}
 
 
-def _write_fetches(db: duckdb.DuckDBPyConnection, paths: Sequence[Path], job: Job) -> None:
-    """All that was asked, pass 0 being the first download."""
-    if not paths:
+def _write_fetches(db: duckdb.DuckDBPyConnection, paths: Sequence[Path], job: Job, n_before: int) -> None:
+    """All that was asked, pass 0 being the first download; the first file holds `n_before` passes already."""
+    parts = []
+    for i, path in enumerate(paths):
+        if path.exists():
+            number = "" if i == 0 and n_before else f"{i + n_before if i else 0} AS pass, "
+            parts.append(f"SELECT {number}* FROM read_parquet('{str(path).replace(chr(39), chr(39) * 2)}')")
+    if not parts or not job.spec.get("passes"):
+        if parts:
+            (job.out / FETCH).write_bytes(paths[0].read_bytes())
         return
-    parts = [
-        f"SELECT {i} AS pass, * FROM read_parquet('{str(p).replace(chr(39), chr(39) * 2)}')"
-        for i, p in enumerate(paths)
-    ]
     rows = db.sql(" UNION ALL BY NAME ".join(parts) + " ORDER BY key, pass")
     schema = pa.schema(rows.limit(0).to_arrow_table().schema)
     write_groups(job.out / FETCH, schema, rows.to_arrow_reader(10_000))

@@ -114,12 +114,12 @@ class Spool:
         self.rows = []
 
 
-def write_sorted(job: Job, spool: Path) -> None:
+def write_sorted(job: Job, spool: Path, path: Path) -> None:
     """The outcome table: rows by key, in row groups of one size whatever the number of threads."""
     with duckdb.connect() as db:
         db.execute(f"SET threads = {job.workers:d}")
         rows = db.sql(SORTED, params={"spool": str(spool)}).to_arrow_reader(ROW_GROUP_ROWS)
-        write_groups(job.out / OUTCOMES, SCHEMA, rows)
+        write_groups(path, SCHEMA, rows)
 
 
 def write_groups(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], n: int = ROW_GROUP_ROWS) -> None:

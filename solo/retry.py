@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import duckdb
 
-from solo import acquire, artifact, location, passes
+from solo import acquire, artifact, erase, location, passes, takedown
 from solo.artifact import Artifact, Job
 from solo.line import Settings
 from solo.raw import OUTCOMES
@@ -70,9 +70,9 @@ def current(source: str, settings: Settings) -> Artifact:
     if spec.acquire.adapter not in ADAPTERS:
         lists = " and ".join(ADAPTERS)
         raise ValueError(f"{source}: its adapter is {spec.acquire.adapter}; only lists of {lists} have URLs to ask")
-    asked = location.identity(spec)
-    first = replace(_place(source, settings), spec=asked)
-    if wrong := artifact.damage(first.out):
-        raise ValueError(f"{source}: acquire has not run for its spec as it stands ({wrong}); `solo run` it first")
-    job = replace(first, spec=passes.identity(settings.root, acquire.VERSION, asked))
-    return artifact.make(job, acquire.run)[0]  # with passes that no run has taken up yet, a matter of hard links
+    asked = passes.identity(settings.root, acquire.VERSION, location.identity(spec))
+    entries = takedown.read(settings.specs)
+    if passes.nearest(settings.root, acquire.VERSION, asked, {e.id for e in entries}) is None:
+        raise ValueError(f"{source}: acquire has not run for its spec as it stands; `solo run` it first")
+    job = replace(_place(source, settings), spec=erase.identity(settings.root, acquire.VERSION, asked, entries))
+    return acquire.made(job, acquire.run)[0]  # with passes that no run has taken up yet, a matter of hard links

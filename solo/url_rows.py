@@ -25,6 +25,7 @@ from pyarrow import csv
 from solo.isolated.rules import Rules
 from solo.raw import regroup
 from solo.sample import make_key
+from solo.takedown import TAKEN_DOWN, Listed
 from solo.upstream import matching
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
@@ -49,6 +50,7 @@ WHY = {
     "empty": "the row has no caption",
     "duplicate_row": "URL and caption are those of an earlier row",
     "bad_hash": "the row's hash is no MD5, SHA-1 or SHA-256 in hex",
+    TAKEN_DOWN: "it is on the list of takedowns, and is not asked for",
 }
 
 
@@ -73,7 +75,7 @@ class UrlList:
         return list(dict.fromkeys((self.url_column, self.caption_column, *hashes, *self.extra_columns)))
 
 
-def write_rows(urls: UrlList, path: Path) -> None:
+def write_rows(urls: UrlList, path: Path, taken: Listed) -> None:
     """All rows of the list with row number (from 0), key and, where it cannot be asked for, the fault."""
     table, n = _open_list(urls), 0
     columns = urls.columns
@@ -84,7 +86,7 @@ def write_rows(urls: UrlList, path: Path) -> None:
         for batch in table.to_batches(columns=columns):
             values = [_values(batch.column(name)) for name in columns]
             rows = (dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True))
-            listed = [_listed(urls, n + i, row) for i, row in enumerate(rows)]
+            listed = [_listed(urls, n + i, row, taken) for i, row in enumerate(rows)]
             n += len(listed)
             out.write_table(pa.Table.from_pylist(listed, SCHEMA))
 
@@ -115,7 +117,7 @@ def _values(column: pa.Array) -> list[Any]:
     return [None if value is None else value.decode("utf-8", "backslashreplace") for value in raw]
 
 
-def _listed(urls: UrlList, row: int, values: dict[str, Any]) -> dict[str, Any]:
+def _listed(urls: UrlList, row: int, values: dict[str, Any], taken: Listed) -> dict[str, Any]:
     url, caption = values[urls.url_column], values[urls.caption_column]
     url = url.strip() if isinstance(url, str) else ""
     caption = caption if isinstance(caption, str) else ""
@@ -124,6 +126,8 @@ def _listed(urls: UrlList, row: int, values: dict[str, Any]) -> dict[str, Any]:
     if expected and not HASH.fullmatch(expected) and fault is None:
         fault = "bad_hash"
     key = make_key(urls.source, f"row {row}" if fault else f"{url}\0{caption}")
+    if taken and taken.first(key=key, urls=[url]):
+        fault = TAKEN_DOWN
     given = {name: values[name] for name in urls.extra_columns if _is_value(values[name])}
     extra = json.dumps(given, ensure_ascii=False, default=str)
     listed = {"row": row, "key": key, "url": url or None, "caption": caption, "extra": extra}

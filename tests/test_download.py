@@ -27,6 +27,7 @@ from solo.isolated.rules import Rules
 from solo.isolated.web import Guest
 from solo.origin import Origin
 from solo.sample import IMAGE, read_sample, text
+from solo.takedown import Listed
 
 HOST = "http://images.example.test"
 RULES = Rules("test/1 (test@example.org)", "", "")
@@ -310,7 +311,7 @@ def test_lists_of_each_format_give_the_same_rows(tmp_path, suffix):
     else:
         pq.write_table(pa.table({"u": [u for u, _ in values], "c": [c for _, c in values]}), path)
     spec = url_rows.UrlList("s", path, "u", "c", RULES)
-    url_rows.write_rows(spec, tmp_path / "rows.parquet")
+    url_rows.write_rows(spec, tmp_path / "rows.parquet", Listed(()))
     table = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert [(r["row"], r["fault"]) for r in table] == [(0, None), (1, None), (2, "bad_record"), (3, "empty")]
     assert table[0]["key"] == table[1]["key"] != table[2]["key"]
@@ -320,7 +321,7 @@ def test_an_absent_column_is_named_with_those_there(tmp_path):
     pq.write_table(pa.table({"u": ["x"]}), tmp_path / "list.parquet")
     spec = url_rows.UrlList("s", tmp_path / "list.parquet", "url", "c", RULES)
     with pytest.raises(ValueError, match=r"no column \['url', 'c'\]; it has \['u'\]"):
-        url_rows.write_rows(spec, tmp_path / "rows.parquet")
+        url_rows.write_rows(spec, tmp_path / "rows.parquet", Listed(()))
 
 
 def test_the_origin_serves_nothing_outside_its_folder(folder):

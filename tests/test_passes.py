@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,8 @@ import yaml
 from hostile import Server, answer, encoded, hang
 from raw import filtered
 
-from solo import acquire, download, line, location, pages, passes, retry
-from solo.artifact import Job, make
+from solo import acquire, download, erase, line, location, pages, passes, removal, retry, takedown
+from solo.artifact import Job
 from solo.line import Settings
 from solo.sample import read_sample
 from solo.spec import SourceSpec, load
@@ -37,6 +38,9 @@ ARGS = {
 }
 
 
+PLACE = dict.fromkeys(("offset", "length"))  # of a sample whose tar was written anew
+
+
 def build(specs, port):
     (specs / "sources").mkdir(parents=True)
     urls = [f"http://{name}.test/{name}.jpg" for name in PATHS] + ["http://kept.test/kept.jpg"]
@@ -56,7 +60,9 @@ def acquired(settings):
     """What a run of the line would make of the source now."""
     spec = load(SourceSpec, "web", settings.specs)
     asked = passes.identity(settings.root, acquire.VERSION, location.identity(spec))
-    return make(Job("acquire", "web", acquire.VERSION, asked, {}, settings.root, settings.specs, 1), acquire.run)[0]
+    asked = erase.identity(settings.root, acquire.VERSION, asked, takedown.read(settings.specs))
+    job = Job("acquire", "web", acquire.VERSION, asked, {}, settings.root, settings.specs, 1)
+    return acquire.made(job, acquire.run)[0]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,21 @@ def story(tmp_path_factory):
         routes["/closing.jpg"] = answer(encoded(), ["X-Robots-Tag: noai"])
         told["recrawled"] = list(retry.run("web", [], True, settings))
         told["third"] = acquired(settings)
+        for name in ("root", "specs"):
+            shutil.copytree(folder / name, folder / "later" / name)
+        settings = Settings(folder / "later/root", folder / "later/specs", 1)
+        (settings.specs / "takedown.csv").write_text(
+            "kind,value,reason,date,reference\n"
+            "host,dying.test,asked,2026-01-31,t\nurl,https://sick.test/sick.jpg,asked,2026-01-31,t\n"
+        )
+        removal.apply(settings)
+        told["taken"] = acquired(settings)
+        told["proof"] = removal.look(settings)
+        routes["/slow.jpg"] = answer(encoded(seed=41))
+        server.asked.clear()
+        told["said_again"] = list(retry.run("web", ["timeout"], False, settings))
+        told["asked_again"] = dict(server.asked)
+        told["fourth"] = acquired(settings)
     return told
 
 
@@ -132,6 +153,26 @@ def test_what_each_pass_saw_is_kept(story):
     seen = pq.read_table(story["third"].path / "fetch.parquet").to_pylist()
     sick = [row for row in seen if row["url"].endswith("sick.jpg")]
     assert [(row["pass"], row["http_status"]) for row in sick] == [(0, 502), (1, 200), (2, 200)]
+
+
+def test_what_is_taken_down_leaves_the_passes_and_is_never_asked_again(story):
+    found, taken = rows(story["third"]), rows(story["taken"])
+    gone = {name for name in found if found[name]["url"].endswith(("dying.jpg", "sick.jpg"))}
+    assert {name for name in taken if taken[name]["status"] == "taken_down"} == gone == {"row 2", "row 4"}
+    assert all(taken[name]["key"] is taken[name]["url"] is None for name in gone)
+    assert all(taken[name] | PLACE == found[name] | PLACE for name in set(found) - gone)
+    counts = story["taken"].manifest.counts
+    assert counts["in"] == counts["kept"] + sum(counts["dropped"].values()) == 8
+    assert counts["dropped"]["taken_down"] == 2 and story["proof"].is_clean
+    seen = pq.read_table(story["taken"].path / "fetch.parquet").to_pylist()
+    assert not [row for row in seen if "sick" in row["url"] or "dying" in row["url"]]
+    assert "dying.test" not in [h["host"] for h in story["taken"].manifest.stats["link_rot"]["hosts"]]
+    assert len(story["taken"].manifest.spec["passes"]) == 2  # one of them is gone, what it gave is not
+    assert set(story["asked_again"]) == {("slow.test", "/slow.jpg"), ("slow.test", "/robots.txt")}
+    fourth = rows(story["fourth"])
+    assert {name for name in fourth if fourth[name] != taken[name]} == {"row 5"} and fourth["row 5"]["status"] == "ok"
+    path = story["fourth"].path / f"raw/{fourth['row 5']['raw_shard']:05d}.tar"
+    assert read_sample(path, fourth["row 5"]["offset"], fourth["row 5"]["length"]).images == (encoded(seed=41),)
 
 
 @pytest.mark.parametrize(
