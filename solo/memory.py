@@ -194,7 +194,7 @@ def predict(  # noqa: PLR0913 (the pack's numbers)
     states = 0 if offload else 12 * learns // n_gpus if stage else 8 * learns
     buckets = 4 * int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
     buckets = min(buckets, 8 * learns)
-    layer = width * kept(model, compiled=bf16) * n_tokens
+    layer = width * kept(model, compiled=bf16 and stage < 3) * n_tokens
     n_kept = model.num_hidden_layers - recompute_layers
     activations = n_kept * layer + recompute_layers * width * model.hidden_size * n_tokens
     fixed = weights + gradients + states

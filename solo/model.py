@@ -129,7 +129,8 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         at = (pack.targets != NO_TARGET).nonzero()[:, 0]
         aimed = [t.to(self.lm_head.weight.device) for t in (at, pack.targets[at])]
         inputs = self._on_device(pack)
-        if not self.lm_head.weight.is_cuda:
+        # Weights that ranks hold in parts (ZeRO 3) are gathered module by module, which one graph would not do.
+        if not self.lm_head.weight.is_cuda or hasattr(self.lm_head.weight, "ds_id"):
             return self._losses(*aimed, *inputs)
         if self._compiled is None:
             self._compiled = torch.compile(self._losses)

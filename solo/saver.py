@@ -68,7 +68,7 @@ class Saver:
 
             def work() -> None:
                 try:
-                    told = self._write(int(loader["step"]), files, updates, ready, *done)
+                    told = fault or self._write(int(loader["step"]), files, updates, ready, *done)
                     _store().set(key + str(self.rank), json.dumps(told))
                     if self.rank == 0:
                         self._complete(loader, self._told(key))
@@ -78,8 +78,7 @@ class Saver:
                 finally:
                     self._released.set()
 
-            if self.rank == 0:
-                self._begin(int(loader["step"]))
+            fault = self._begin(int(loader["step"])) if self.rank == 0 else {}
             dist.barrier()
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
             self._thread.start()
@@ -125,11 +124,13 @@ class Saver:
         taken, self.stall_s = self.stall_s, 0.0
         return taken
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int) -> dict[str, Any]:
+        """Make the folder for all ranks; what is to be told where that failed."""
         try:
             checkpoint.begin(self.root, step)
-        except OSError as error:  # then no rank can write, and says so
-            log.debug("%s: %s", self.root, error)
+        except OSError as error:
+            return {"fault": _line(error)}
+        return {}
 
     def _write(
         self,

@@ -176,6 +176,10 @@ def _zero_stage(path: Path, zero: Mapping[str, Any], stage: Stage) -> int:
             f"{path}: zero_optimization.stage is 0 and {stage.name}'s precision is {stage.precision}; use 1, 2 or 3: "
             "DeepSpeed sums bf16 gradients otherwise without ZeRO, and the losses would differ"
         )
+    if asked == 3 and stage.precision == "fp8":
+        raise ValueError(
+            f"{path}: zero_optimization.stage is 3 and {stage.name}'s precision is fp8; use 1 or 2, or bf16"
+        )
     for key in zero:
         if key.startswith("zero_quantized") or key == "offload_param":
             why = "rounds what ranks exchange" if key != "offload_param" else "is not tested; use offload_optimizer"

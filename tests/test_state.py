@@ -13,7 +13,7 @@ from tiny_stage import make_job, make_plan, one_rank
 from solo import checkpoint, train, trained
 from solo.artifact import Artifact, Job, file_sha256
 
-N_STEPS, AT = 8, 4  # stages of so many steps, gone on with after this one
+N_STEPS, AT = 4, 2  # stages of so many steps, gone on with after this one
 FIELDS = {"checkpoint_every_steps": AT, "learning_rate": 3e-3, "clip_norm": 1.0}
 SAME = {"loss": 1e-5, "grad_norm": 1e-4}  # relative: sums over ranks are taken in another order
 HERE = {"bf16": {"precision": "bf16"}, "fp32": {}}
@@ -50,14 +50,10 @@ def calm(
 
 TWO = {  # on two ranks: a DeepSpeed configuration, a precision, and whether it goes on from one rank's checkpoint
     "zero 0": (zero(0), "fp32", False),
-    "zero 1": (zero(1), "fp32", False),
-    "zero 2": (zero(2), "fp32", False),
     "zero 3": (zero(3, stage3_param_persistence_threshold=40), "fp32", False),  # norms are kept whole, nothing else
     "zero 3 in bf16": (zero(3), "bf16", False),
-    "zero 0 from one": (zero(0), "fp32", True),
     "zero 2 from one": (zero(2), "fp32", True),
-    "zero 3 from one": (zero(3, stage3_param_persistence_threshold=40), "fp32", True),
-    "zero 3 in bf16 from one": (zero(3), "bf16", True),
+    "zero 1 in bf16 from one": (zero(1), "bf16", True),
 }
 
 
@@ -119,7 +115,7 @@ def test_two_ranks_train_as_one(
     assert ledger(job) == ledger(one)
 
 
-@pytest.mark.parametrize("name", ["zero 0", "zero 2", "zero 3", "zero 3 in bf16"])
+@pytest.mark.parametrize("name", ["zero 0", "zero 3", "zero 3 in bf16"])
 def test_one_rank_goes_on_from_two(
     name: str,
     two: dict[str, tuple[Job, list[dict]]],
@@ -176,10 +172,12 @@ def test_the_same_rank_goes_on_to_the_bit(
         assert file_sha256(job.out / name) == file_sha256(source.out / name)
 
 
-def test_weights_gathered_from_parts_are_a_checkpoint_like_any(two: dict[str, tuple[Job, list[dict]]]) -> None:
+def test_weights_gathered_from_parts_are_a_checkpoint_like_any(
+    two: dict[str, tuple[Job, list[dict]]], calm: dict[str, tuple[Job, list[dict]]]
+) -> None:
     """Of a stage at ZeRO 3, whose ranks have a part of each tensor."""
-    files = {name: two[name][0].out / "checkpoint/model.safetensors" for name in ("zero 1", "zero 3")}
-    with safe_open(files["zero 1"], "np") as a, safe_open(files["zero 3"], "np") as b:
+    whole, gathered = (job.out / "checkpoint/model.safetensors" for job in (calm["fp32"][0], two["zero 3"][0]))
+    with safe_open(whole, "np") as a, safe_open(gathered, "np") as b:
         assert list(a.keys()) == list(b.keys()) and a.metadata() == b.metadata()
         for name in a.keys():  # noqa: SIM118
             assert a.get_tensor(name).shape == b.get_tensor(name).shape
@@ -214,6 +212,7 @@ def test_files_have_a_size_at_which_several_are_written_at_once(tmp_path: Path) 
     [
         (zero(4), "fp32", r"zero_optimization.stage is 4; use 0, 1, 2 or 3"),
         ({}, "bf16", r"zero_optimization.stage is 0 and tiny's precision is bf16; use 1, 2 or 3"),
+        (zero(3), "fp8", r"zero_optimization.stage is 3 and tiny's precision is fp8; use 1 or 2"),
         (zero(3, zero_quantized_weights=True), "bf16", r"zero_quantized_weights does not belong here, it rounds"),
         (zero(3, offload_param={"device": "cpu"}), "bf16", r"offload_param does not belong here, .* offload_optimizer"),
         (zero(2, offload_optimizer={"device": "cpu"}), "bf16", r"offload_optimizer needs zero_optimization.stage 1"),

@@ -86,7 +86,10 @@ def main() -> None:
     most, wrong = {"loss": 0.0, "grad_norm": 0.0}, []
     for case in cases:
         (rows, ledger), (calm, expected) = found[case], found[Case(1, 1, case.batch)]
-        apart = {key: max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(rows, calm, strict=True)) for key in most}
+        apart = {
+            key: max(abs(a[key] - b[key]) / (abs(b[key]) or 1.0) for a, b in zip(rows, calm, strict=True))
+            for key in most
+        }
         most = {key: max(value, apart[key]) for key, value in most.items()}
         losses = [row["loss"] for row in rows]
         fine = apart["loss"] <= TOLERANCE and ledger == expected and losses[-1] < 0.6 * max(losses)
