@@ -1,9 +1,12 @@
 """saver: checkpoints are written beside the training, and a disk that is full for a while costs nothing else."""
 
+import json
 import logging
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +101,17 @@ def test_a_host_without_room_for_a_copy_writes_the_same(
         for job in jobs
     )
     assert copied == not_copied and len(copied) == 2
+
+
+def test_a_kill_inside_a_save_costs_no_byte() -> None:
+    """`tests/kill_training.py`, which kills at more moments and more often where it is run by hand."""
+    command = [sys.executable, str(Path(__file__).with_name("kill_training.py")), "--ranks", "1", "--kills", "3"]
+    done = subprocess.run(
+        [*command, "--kinds", "files", "manifest", "sealed"], capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stdout + done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == 3 and found["inside_a_save"] and not found["failures"]
 
 
 def wait_for_writers() -> None:

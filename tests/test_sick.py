@@ -166,15 +166,18 @@ def test_a_spike_is_many_deviations_above_the_median_of_a_full_window() -> None:
     assert [off.judge(loss, applied=True) for loss in (*[2.0] * 60, 99.0)] == [None] * 61
 
 
-def test_two_ranks_go_back_together(
-    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SOLO_RANKS", "2")
-    job = make_job(tmp_path, inputs, **FLAT, **SPIKES, on_spike="quarantine")
+def test_metrics_are_of_the_steps_that_count(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    """As the supervisor reads them: a stage that went back tells some steps twice."""
+    from solo.watch import Watch
+
+    job, told = make_job(tmp_path, inputs, **FLAT), list[int]()
     job.work.mkdir(parents=True)
-    told: list[int] = []
-    done = train.run(job, lambda row: told.append(row["step"]))
+    watch = Watch(job, 14, lambda row: told.append(row["step"]), first_step=0)
+    row = {"n_steps": 14, "loss": 2.0, "lr": 0.1, "tokens_per_s": 1.0, "eta_s": 1.0}
+    lines = [row | {"step": step} for step in range(1, ODD_STEP + 1)]
+    lines += [{"event": "restarted", "step": 10}, *(row | {"step": step} for step in (11, 13, 14))]
+    (job.out / "train.log").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    watch.read()
     assert told == [*range(1, ODD_STEP + 1), 11, 13, 14]
     steps = [json.loads(line)["step"] for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
     assert steps == [*range(1, ODD_STEP), 13, 14]
-    assert done.stats["sick"]["quarantined"] == 1 and done.stats["loss_last"] < 2

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from ranks import task_of, train_on
 from safetensors import safe_open
+from test_sick import FLAT, ODD_STEP, SPIKES
 from tiny_stage import make_job, make_plan, one_rank
 
-from solo import checkpoint, train, trained
+from solo import checkpoint, sick, train, trained
 from solo.artifact import Artifact, Job, file_sha256
 
 N_STEPS, AT = 4, 2  # stages of so many steps, gone on with after this one
@@ -69,6 +70,9 @@ def two(
             take_checkpoints(calm[precision][0], job)
         tasks.append(task_of(job, n_ranks=2, deepspeed=config))
         assert bool(tasks[-1]["resume"]) == resumed
+    odd = make_plan(folder / "odd", 14, odd=4 * ODD_STEP - 2)
+    jobs["spike"] = make_job(folder / "spike", odd, **FLAT, **SPIKES, on_spike="quarantine")
+    tasks.append(task_of(jobs["spike"], n_ranks=2))
     return dict(zip(jobs, zip(jobs.values(), train_on(2, tasks, folder), strict=True), strict=True))
 
 
@@ -113,6 +117,14 @@ def test_two_ranks_train_as_one(
     (job, rows), (one, expected) = two[name], calm[precision]
     same(rows, expected[AT if resumed else 0 :], loose=1.0 if precision == "fp32" else 300)
     assert ledger(job) == ledger(one)
+
+
+def test_two_ranks_go_back_together(two: dict[str, tuple[Job, list[dict]]]) -> None:
+    job, rows = two["spike"]
+    assert [row["step"] for row in rows] == [*range(1, ODD_STEP + 1), 11, 13, 14]  # back to the checkpoint of 10
+    assert rows[10]["loss"] == rows[12]["loss"] < rows[11]["loss"] > 2 > rows[-1]["loss"]
+    assert [event["done"] for event in sick.read(job.out)] == ["quarantined"]
+    assert {r["reason"] for row in ledger(job)[44:48] for r in row["left_out"]} == {"quarantined"}
 
 
 @pytest.mark.parametrize("name", ["zero 0", "zero 3", "zero 3 in bf16"])
