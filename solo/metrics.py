@@ -25,7 +25,7 @@ COLUMNS = pa.schema(
         ("grad_norm", pa.float64()),
         *((name, pa.int64()) for name in ("tokens", "loss_tokens", "left_out")),
         *((name, pa.float64()) for name in ("tokens_per_s", "tflops", "mfu", "step_s", "input_stall_s")),
-        *((name, pa.float64()) for name in ("host_gib", "peak_gib")),
+        *((name, pa.float64()) for name in ("checkpoint_stall_s", "host_gib", "peak_gib")),
         ("sources", LOSSES),
         ("modalities", LOSSES),
         ("lr_groups", LOSSES),
