@@ -217,15 +217,3 @@ def test_a_plan_says_what_each_stage_takes_and_refuses_what_cannot_fit(monkeypat
     assert told[0].startswith("train/stage-1: ") and " of 74.2 GiB of each GPU (weights " in told[0]
     with pytest.raises(ValueError, match=r"train/stage-1: peak memory of a GPU .* with 4 of 4 layers recomputed > "):
         memory.of_recipe(recipe, Machine(int(1.5 * GIB)))
-
-
-def test_zero_stages_cut_states_then_gradients_then_weights() -> None:
-    model, pack = ModelSpec.model_validate(MODEL), {"patch_px": 32, "n_tokens": 64}
-
-    def use(stage: int, n_gpus: int, **keys: int) -> memory.Use:
-        return memory.predict(model, {"zero_optimization": {"stage": stage} | keys}, n_gpus=n_gpus, **pack)
-
-    n = use(0, 1).weights // 4
-    assert [use(stage, 4).states for stage in range(4)] == [8 * n, 3 * n, 3 * n, 3 * n]
-    assert [use(stage, 4).gradients for stage in range(4)] == [4 * n, 4 * n, n, n]
-    assert [use(stage, 4, stage3_max_live_parameters=10).weights for stage in range(4)] == [4 * n, 4 * n, 4 * n, n + 40]
