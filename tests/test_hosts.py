@@ -13,6 +13,7 @@ from tiny_stage import make_job, make_plan
 from solo import artifact, hosts, join, train
 from solo.artifact import Job
 from solo.spec import Stage
+from solo.watch import GONE, Watch
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,31 @@ def test_every_difference_from_the_head_is_named(asked: dict, job: Job, tmp_path
         refused(r"the pack plan is not the head's, its digest is 9{12}, on the head 1{12}; the data root")
     finally:
         manifest.write_bytes(raw)
+
+
+def test_what_a_rank_elsewhere_says_is_the_reason_with_its_host(tmp_path: Path) -> None:
+    job = make_job(tmp_path, {})
+    job.work.mkdir(parents=True)
+    watch = Watch(job, 10, None, first_step=0)
+    ours, theirs = socket.socketpair()
+    gang = hosts.Gang([hosts.Other("b (10.0.0.2)", ours)])
+    said = {"event": "failed", "host": "b (10.0.0.2)", "rank": 3, "error": "ValueError: no such colour"}
+    echo = {"event": "failed", "host": "a (10.0.0.1)", "rank": 0, "error": f"{GONE} (Connection reset by peer)"}
+    with watch.log.open("ab") as log:
+        log.write(artifact.canonical(echo) + b"\n")
+        theirs.sendall(b"Traceback (most recent call last):\n" + artifact.canonical(said)[:20])
+        gang.read(log)
+        assert not gang.over and watch.log.read_text().endswith("last):\n")  # whole lines alone
+        theirs.sendall(artifact.canonical(said)[20:] + b'\n{"event":"ended","host":"b (10.0.0.2)","code":1}\n')
+        assert gang.drained(log) and gang.failed
+    watch.read()
+    assert watch.failure == "host b (10.0.0.2), rank 3: ValueError: no such colour"
+    theirs.close()
+    gang.others[0].code = None
+    with watch.log.open("ab") as log:
+        gang.read(log)
+    assert gang.failed and '"error":"gone, the connection to it ended' in watch.log.read_text()
+    gang.close()
 
 
 def test_hosts_that_do_not_come_are_waited_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
