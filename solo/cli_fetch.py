@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solo import copies, location
+from solo import location
 from solo.line import Planned, Settings
 from solo.spec import SourceSpec, load
+
+if TYPE_CHECKING:
+    from solo.copies import Download  # the clients of stores and of the hub, which most commands do not need
 
 
 def revision(
     data: Annotated[str, typer.Argument(help="A file or folder of data, or a source whose location is fetched.")],
 ) -> None:
     """Print the pin of a source's data as they are now, to be put into its spec."""
+    from solo import copies
     from solo.acquire import content_sha256
 
     if Path(data).exists():
@@ -35,6 +39,7 @@ def revision(
 
 def fetch(source: Annotated[str, typer.Argument(help="A source whose acquire.location is fetched.")]) -> None:
     """Fetch what a source is published as into the data root; what is there of it is not fetched again."""
+    from solo import copies
     from solo.acquire import check_pinned
 
     settings = Settings.from_env()
@@ -45,14 +50,18 @@ def fetch(source: Annotated[str, typer.Argument(help="A source whose acquire.loc
     typer.echo(copies.fetch(want, settings.root, _aside))
 
 
-def downloads(planned: Sequence[Planned], settings: Settings) -> list[copies.Download]:
+def downloads(planned: Sequence[Planned], settings: Settings) -> list[Download]:
     """What acquire would fetch for what it would make."""
+    from solo import copies
+
     wanted = [p.name for p in planned if p.part == "acquire" and p.action == "run"]
     return copies.downloads([load(SourceSpec, name, settings.specs) for name in wanted], settings.root)
 
 
-def sentences(found: Sequence[copies.Download]) -> list[str]:
+def sentences(found: Sequence[Download]) -> list[str]:
     """The same for people."""
+    from solo import copies
+
     return [copies.sentence(found)] if found else []
 
 

@@ -116,8 +116,8 @@ def in_tar(unit: Unit) -> dict[str, str]:
             entry = unit.needles.listed.first(urls=[url] if isinstance(url, str) else [], hashes=hashes)
             if entry:
                 found[sample.key] = entry.id
-    except ValueError:
-        pass  # a tar of an unfinished download is in another form; it is searched byte by byte
+    except (ValueError, KeyError, TypeError):
+        pass  # a publisher's tar, or one of an unfinished download, is in another form; it is searched byte by byte
     return found
 
 

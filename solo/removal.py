@@ -105,7 +105,7 @@ def apply(settings: Settings, *, checkpoints: bool = False, say: Callable[[str],
         part = place.split("/")[0]
         if part == BENCHMARKS or (part == UNFORGETTING and not checkpoints):
             continue
-        say(f"{place}: {_remove(settings.root, place, [h.file for h in found.held if h.place == place])}")
+        say(f"{place}: {_remove(settings.root, place, sorted({h.file for h in found.held if h.place == place}))}")
     for row in found.saw if checkpoints else ():
         if row["is_there"]:
             place = f"{UNFORGETTING}/{row['stage']}/{row['fingerprint']}"

@@ -16,13 +16,13 @@ import tiny
 import yaml
 from finished import trained_rows
 
-from solo import artifact, line, pack, removal, takedown, url_rows
+from solo import artifact, copies, line, location, pack, removal, takedown, url_rows
 from solo.acquire import content_sha256
 from solo.artifact import Artifact, Job, Result
 from solo.isolated.rules import Rules
 from solo.line import CHECKOUT, Settings
 from solo.sample import Sample, read_samples
-from solo.spec import SpecError
+from solo.spec import SourceSpec, SpecError, load
 from solo.takedown import Listed, canonical_url
 from solo.url_rows import UrlList
 
@@ -298,6 +298,7 @@ def test_an_entry_that_means_nothing_changes_no_fingerprint(copied: Line) -> Non
         "host,elsewhere.example", "url,https://host1.example/", f"sha256,{'0' * 64}", "key,web-0123456789abcdef"
     )
     assert copied.nodes() == before
+    tiny.write_tar(copied.root / "downloads/pin/theirs.tar", {"x.json": b"[]", "y.json": b"{}", "y.0.png": b"z"})
     assert {p.action for p in line.plan(line.select(before, "curate"), copied.settings)} == {"reuse"}
     removal.apply(copied.settings)
     assert {p.action for p in line.plan(line.select(before, "curate"), copied.settings)} == {"reuse"}
@@ -358,3 +359,25 @@ def test_a_benchmark_that_asks_it_is_named(copied: Line) -> None:
     copied.listed(f"sha256,{hashlib.sha256(data).hexdigest()}")
     (held,) = removal.look(copied.settings).held
     assert (held.place, held.file) == ("benchmarks/toy-colours.yaml", "item 0")
+
+
+def test_a_fetched_copy_of_what_a_source_is_published_as_goes_as_a_whole(copied: Line) -> None:
+    documents, home = copied.documents(), copied.specs / "sources" / "toy-web.yaml"
+    copied.listed(entry(documents, "key", 1))
+    spec = yaml.safe_load(home.read_text())
+    spec["acquire"]["location"] = "https://published.example/web"
+    spec["acquire"]["files"] = ["docs.jsonl", "images.tar"]
+    home.write_text(yaml.safe_dump(spec, sort_keys=False))
+    copy = copies.place(location.asked(load(SourceSpec, "toy-web", copied.specs)), copied.root)
+    store = copied.root / "downloads" / "files"
+    for folder in (copy, store):
+        folder.mkdir(parents=True)
+    for name in ("docs.jsonl", "images.tar"):
+        shutil.copy(copied.specs / "data" / "web" / name, copy / name)
+        os.link(copy / name, store / f"{name}-digest")
+    (store / "other").write_text("of another source")
+    held = {h.place for h in removal.look(copied.settings).held if h.place.startswith("downloads/")}
+    assert held == {copy.parent.relative_to(copied.root).as_posix()}
+    removal.apply(copied.settings)
+    assert [p.name for p in (copied.root / "downloads").rglob("*") if p.is_file()] == ["other"]
+    assert removal.look(copied.settings).is_clean
