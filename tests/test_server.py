@@ -59,9 +59,13 @@ class Second:
         return done.stdout
 
     def start(self, deployment: str = "solo/train", **env: str) -> str:
-        more = ("--job-variable", "env=" + json.dumps(env)) if env else ()
-        shown = self.prefect("deployment", "run", deployment, "--param", "recipe=toy", *more)
-        return next(line.split(":", 1)[1].strip() for line in shown.splitlines() if "UUID" in line)
+        """What `prefect deployment run` asks for, without the seconds that the command takes to begin."""
+        made = self.api(f"deployments/name/{deployment}")["id"]
+        asked = {"parameters": {"recipe": "toy"}, "job_variables": {"env": env}, "state": {"type": "SCHEDULED"}}
+        return str(self.api(f"deployments/{made}/create_flow_run", asked)["id"])
+
+    def cancel(self, run_id: str) -> None:
+        self.api(f"flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
 
     def api(self, path: str, body: object = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -109,9 +113,9 @@ def second(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def gpu_pool(second: Second) -> Iterator[dict[str, str]]:
     """A worker of a pool of its own, as on a machine with GPUs; the setting that sends stages there."""
-    second.prefect("work-pool", "create", "solo-gpu", "--type", "process")
+    second.api("work_pools/", {"name": "solo-gpu", "type": "process"})
     second.prefect("--no-prompt", "deploy", "--prefect-file", "infra/gpu.yaml", "--all")
-    second.prefect("gcl", "create", "gpu", "--limit", "1")
+    second.api("v2/concurrency_limits/", {"name": "gpu", "limit": 1})
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "solo-gpu", "--type", "process"]
     env, out = second.env | {"SOLO_GPU_LIMIT": "gpu"}, (second.home / "gpu.log").open("ab")
     worker = subprocess.Popen(command, cwd=CHECKOUT, env=env, stdout=out, stderr=out)
@@ -162,7 +166,7 @@ def test_cancel_stops_the_trainers_with_a_checkpoint_and_a_rerun_goes_on(
         assert wait_for(trained, within_s=150), (second.home / "worker.log").read_text()[-3000:]
         if elsewhere:
             assert second.api("v2/concurrency_limits/gpu")["active_slots"] == 1
-        second.prefect("flow-run", "cancel", run_id)
+        second.cancel(run_id)
         assert wait_for(lambda: not processes_of(second.base), within_s=30), processes_of(second.base)
         state = second.ended(run_id, within_s=30)
         assert state["type"] == "CANCELLED", state
