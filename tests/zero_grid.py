@@ -19,7 +19,7 @@ from tiny_stage import made, make_job, make_plan
 
 from solo.artifact import Job
 
-TOLERANCE = 1e-3  # of the loss; sums over ranks and packs are taken in another order
+TOLERANCE = 1e-5  # of the loss: sums over ranks and packs are taken in another order, which was seen to make 1e-7
 LEDGER = ["pack", "step", "n_documents", "n_tokens", "n_loss_tokens"]
 # A rate at which the losses fall from 10 to 2 in 50 steps and a rounding does not grow: what is compared is the sum
 # over ranks, packs and parts, which is wrong by a factor if it is wrong.
