@@ -200,10 +200,11 @@ def _suspects(con: duckdb.DuckDBPyConnection, unique: tuple[str, ...]) -> str:
 def contamination(job: Job, con: duckdb.DuckDBPyConnection, ledgers: list[Ledger], wanted: list[Benchmark]) -> pa.Table:
     """Every hit on a sample that could be drawn, in order."""
     rows = _picture_hits(con, wanted) if any(b.counts["by_image"] for b in wanted) else []
-    eligible = {key for (key,) in con.execute("SELECT key FROM ranked").fetchall()} if wanted else set()
-    for ledger in ledgers if wanted else ():
-        found = decontaminate.text_hits(job, ledger.name, ledger.shards, wanted)
-        rows += [hit for hit in found if hit["key"] in eligible]
+    found = [hit for c in (ledgers if wanted else ()) for hit in decontaminate.text_hits(job, c.name, c.shards, wanted)]
+    con.register("found", pa.table({"key": pa.array([hit["key"] for hit in found], pa.string())}))
+    eligible = {key for (key,) in con.execute("SELECT key FROM ranked SEMI JOIN found USING (key)").fetchall()}
+    con.unregister("found")
+    rows += [hit for hit in found if hit["key"] in eligible]
     rows.sort(key=lambda r: tuple(r[name] for name in HITS.names))
     return pa.Table.from_pylist(rows, HITS)
 

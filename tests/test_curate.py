@@ -215,6 +215,20 @@ def test_a_draw_is_the_longest_prefix_in_hash_order(
     assert repeats(made, "a") == {k: n for k in order if (n := whole + (k in want))}
 
 
+@pytest.mark.parametrize("giant", [False, True])
+def test_a_draw_of_many_samples_ends_where_it_should_even_behind_a_giant(root: Path, giant: bool) -> None:
+    """Only samples up to a guessed hash are looked at; one that holds most tokens, last of all, defeats the guess."""
+    n_tokens = lengths(4_000, 5)
+    table = ledger("a", n_tokens)
+    if giant:
+        last = hash_order(table)[-1]["key"]
+        n_tokens[table["key"].to_pylist().index(last)] = 10 * sum(n_tokens)
+        table = ledger("a", n_tokens)
+    made = run(root, [{"source": "a", "epochs": 0.25}], {"a": shard(root, "a", table)})
+    want = prefix(table, sum(n_tokens) // 4)
+    assert set(repeats(made, "a")) == want and len(want) == (3_999 if giant else len(want)) > 900
+
+
 def digests(made: Artifact) -> dict[str, str]:
     return {f["path"]: f["sha256"] for f in made.manifest.files}
 

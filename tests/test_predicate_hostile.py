@@ -39,13 +39,14 @@ def con() -> Iterator[duckdb.DuckDBPyConnection]:
         yield con
 
 
+@pytest.mark.parametrize("boolean", [True, False])  # False: the classes of a quota
 @pytest.mark.parametrize("text", hostile.PREDICATES)
 def test_a_hostile_predicate_is_one_line_and_touches_nothing(
-    con: duckdb.DuckDBPyConnection, ground: hostile.Ground, text: str
+    con: duckdb.DuckDBPyConnection, ground: hostile.Ground, text: str, boolean: bool
 ) -> None:
     before = ground.state()
     with pytest.raises(SpecError) as caught:
-        predicate.check(con, con.table("t"), {"bad": ground.fill(text)}, "f.yaml: keep")
+        predicate.check(con, con.table("t"), {"bad": ground.fill(text)}, "f.yaml: keep", boolean=boolean)
     said = str(caught.value)
     assert said.startswith("f.yaml: keep.bad: ") and "\n" not in said and "SECRET" not in said
     assert re.search(BEFORE_BINDING, said), "it went as far as the binder, which opens files"
