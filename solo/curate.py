@@ -238,7 +238,8 @@ def script(mix: MixSpec, ledgers: list[Ledger], draws: dict[str, Draw], queries:
         origin = f"'shards/*.parquet' of shard/{c.name}, content {c.shards.manifest.digest[:16]}"
         lines += [f"-- side {side}, {c.name}: {said}", f"-- {draw.named(ledgers)[c.name]} = {origin}"]
     lines += [f"-- $excluded = '{exclude.EXCLUDED_FILE}' beside this file"] * any("$excluded" in q for q in queries)
-    return [*lines, f"-- $seed = {literal(str(mix.seed))}", *(f"\n{q.strip()};" for q in queries), ""]
+    lines += [f"-- $seed = {literal(str(mix.seed))}"] * any("$seed" in q for q in queries)
+    return [*lines, *(f"\n{q.strip()};" for q in queries), ""]
 
 
 def empty(where: str, source: str) -> str:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,8 +75,15 @@ class Second:
             token = self.api("csrf-token?client=test")["token"]
             own = {"Content-Type": "application/json", "Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token}
             asked.headers.update(own)
-        with urllib.request.urlopen(asked, timeout=10) as answer:
-            return json.loads(answer.read())
+        for _ in range(20):  # a server on SQLite that is busy answers 503, and Prefect's own client asks again
+            try:
+                with urllib.request.urlopen(asked, timeout=10) as answer:
+                    return json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    raise
+                time.sleep(0.5)
+        raise AssertionError(f"{path}: the server is busy for 10 s")
 
     def state(self, run_id: str) -> dict[str, Any]:
         return dict(self.api(f"flow_runs/{run_id}")["state"])
