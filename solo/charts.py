@@ -255,7 +255,7 @@ def _edges(panel: Panel) -> tuple[np.ndarray, bool]:
     if panel.log and high > 10 * low:
         return np.geomspace(low * 0.98, high * 1.02, 25), True
     if high - low <= 20 and np.all(values == np.round(values)):
-        return np.arange(low - 2.5, high + 3), False
+        return np.arange(low - 2.5 if low < 0 else max(low - 2.5, -0.5), high + 3), False  # what counts is not negative
     return np.linspace(low, high if high > low else low + 1, 25), False
 
 

@@ -220,6 +220,6 @@ def share_of(n: float, total: float) -> str:
     return f"{n / max(total, 1):.1%}"
 
 
-def bar_of(row: Row, share: str = "share") -> Row:
+def bar_of(row: Row) -> Row:
     """The bar of a row's share."""
-    return {BAR: bar(float(row[share].rstrip("%")) / 100)}
+    return {BAR: bar(float(row["share"].rstrip("%")) / 100)}

@@ -18,7 +18,7 @@ import numpy as np
 from solo import categories, exclude_pages
 from solo.artifact import Artifact
 from solo.charts import Panel, histograms, stacked
-from solo.data_pages import bar_of, most_first, share_of, top_arrays, top_series
+from solo.data_pages import most_first, share_of, top_arrays, top_series
 from solo.markdown import escape, picture, table
 
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ def page(artifacts: Sequence[Artifact], inputs: Inputs) -> Iterator[str]:
         yield f"## {escape(a.manifest.name)}"
         own = [row for row in found if row["mix"] == a.manifest.name]
         idle = {"mix"} | {name for name in ("category", "short of asked") if not any(row[name] for row in own)}
-        yield table([{k: v for k, v in row.items() if k not in idle} | bar_of(row, "share of tokens") for row in own])
+        yield table([{k: v for k, v in row.items() if k not in idle} for row in own])
         yield "### By modality and category: asked and drawn"
         yield table(list(_group_rows(a, inputs)))
         yield picture(_lengths(a), "tokens per sample and times it is seen")

@@ -21,7 +21,8 @@ from solo.markdown import BAR, Markup, bar, escape, table
 from solo.report_html import html
 from solo.shard import FORM_COUNTS
 
-VERSION = 2  # 2: the cards of the mixes
+# 2: the cards of the mixes
+VERSION = 3  # 3: the pages of sources, mixes and stages say and draw more
 
 Row = dict[str, Any]
 

@@ -42,7 +42,7 @@ def _sample(s: Found) -> Iterator[str]:
         yield from _sharded(s["shard"])
     yield from map(_locked, s["locks"])
     for pack in s["packs"]:
-        yield _line("pack", pack, f"{pack['mix']}: {len(pack['documents'])} documents")
+        yield _line("pack", pack, f"{pack['mix']}: {_many(len(pack['documents']))}")
         yield from _more(map(_document, pack["documents"]))
     for stage in s["trained"]:
         yield from _trained(stage)
@@ -100,9 +100,17 @@ def _sharded(part: Found) -> Iterator[str]:
     yield f"{'':<20}{', '.join(f'{name} {row[name]:,}' for name in counts)}, {row['template']}"
 
 
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n:,} times"
+
+
+def _many(n: int) -> str:
+    return "1 document" if n == 1 else f"{n:,} documents"
+
+
 def _locked(lock: Found) -> str:
     if lock["n_repeats"]:
-        return _line("curate", lock, f"{lock['mix']}: {lock['n_repeats']} times")
+        return _line("curate", lock, f"{lock['mix']}: drawn {_times(lock['n_repeats'])}")
     why = lock.get("excluded")
     twin = f" ({why['winner']} of {why['winner_source']} stays)" if why and why["winner"] else ""
     return _line("curate", lock, f"{lock['mix']}: not in it, {why['reason'] + twin if why else 'not drawn'}")
@@ -122,7 +130,7 @@ def _trained(stage: Found) -> Iterator[str]:
         return
     n_out = sum(d["left_out"] is not None for d in documents)
     out = f", {n_out} left out" if n_out else ""
-    yield _line("train", stage, f"{stage['stage']}: {len(documents) - n_out} documents trained{out}")
+    yield _line("train", stage, f"{stage['stage']}: {_many(len(documents) - n_out)} trained{out}")
     yield from _more(map(_learned, documents))
 
 

@@ -140,7 +140,7 @@ def test_the_command(toy: Line, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("SOLO_SPECS", str(toy.specs))
     runner = CliRunner()
     said = runner.invoke(cli.app, ["trace", url(4)])
-    assert said.exit_code == 0 and f"url: {url(4)}" in said.output and "toy: 2 times" in said.output
+    assert said.exit_code == 0 and f"url: {url(4)}" in said.output and "toy: drawn 2 times" in said.output
     found = json.loads(runner.invoke(cli.app, ["trace", url(4), "--json"]).output)
     assert found["kind"] == "url" and found["samples"][0]["shard"]["tar"].startswith("shards/")
     step = runner.invoke(cli.app, ["trace", "--stage", "toy-stage", "--step", "1"])
