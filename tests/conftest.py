@@ -98,3 +98,20 @@ def driver(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     assert started.process.stdin
     started.process.stdin.close()
     started.process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """The environment that leads to a real server of objects, moto's, on the loopback; a bucket for each test file.
+
+    One for all: moto has one state a process, and fsspec keeps the clients that it made.
+    """
+    for name in ("s3fs", "flask_cors"):
+        pytest.importorskip(name, reason=f"{name} is not installed; pip install -e '.[dev]' brings it")
+    moto = pytest.importorskip("moto.server", reason="moto[s3] is not installed; pip install -e '.[dev]' brings it")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    secrets = {"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE", "AWS_SECRET_ACCESS_KEY": "aws-secret-key"}
+    yield {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"} | secrets
+    server.stop()

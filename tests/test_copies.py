@@ -123,27 +123,18 @@ def test_the_hub_gives_it_too(published, site, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bucket(published):
-    """moto's S3 server on the loopback, with the folder below s3://bucket/archive/pics."""
-    for name in ("s3fs", "flask_cors"):
-        pytest.importorskip(name, reason=f"{name} is not installed; pip install -e '.[dev]' brings it")
-    moto = pytest.importorskip("moto.server", reason="moto[s3] is not installed; pip install -e '.[dev]' brings it")
+def bucket(published, s3_server):
+    """The folder below s3://bucket/archive/pics."""
     import fsspec
 
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    env = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE"}
-    env |= {"AWS_SECRET_ACCESS_KEY": "aws-secret-key", "AWS_DEFAULT_REGION": "us-east-1"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
+        for name, value in s3_server.items():
             patch.setenv(name, value)
         store = fsspec.filesystem("s3", skip_instance_cache=True)
         store.mkdir("bucket")
         for path in published[0].iterdir():
             store.pipe_file(f"bucket/archive/pics/{path.name}", path.read_bytes())
-    yield env, store
-    server.stop()
+    return s3_server, store
 
 
 @pytest.fixture

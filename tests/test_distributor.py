@@ -96,18 +96,6 @@ def test_images_go_nowhere_else(monkeypatch, tmp_path):
         Images(a_job(tmp_path))
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """An object store on the loopback, as the settings of a machine name it."""
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-    yield settings | dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
-    server.stop()
-
-
 TWIN = """
 import sys
 sys.modules["wandb"] = type(sys)("wandb")
@@ -132,15 +120,15 @@ def has(package):
 
 @pytest.mark.optional
 @pytest.mark.timeout(1200)
-def test_each_cluster_is_guarded_and_makes_the_same_bytes(tmp_path, monkeypatch, store):
+def test_each_cluster_is_guarded_and_makes_the_same_bytes(tmp_path, monkeypatch, s3_server):
     """With $SOLO_IMG2DATASET an environment that has infra/img2dataset-cluster.txt; S3 is where Ray writes."""
     fsspec = pytest.importorskip("fsspec")
     canary, digests = Canary(), {}
     listed, routes, robots = rows(canary)
-    for name, value in store.items():
+    for name, value in s3_server.items():
         monkeypatch.setenv(name, value)
     files = fsspec.filesystem("s3", skip_instance_cache=True)
-    files.mkdir("bucket")
+    files.mkdir("images")
     with Server(routes, robots) as server:
         for distributor in ("multiprocessing", *(name for name in ("ray", "pyspark") if has(name))):
             folder = tmp_path / distributor
@@ -148,11 +136,11 @@ def test_each_cluster_is_guarded_and_makes_the_same_bytes(tmp_path, monkeypatch,
             with monkeypatch.context() as patch:
                 patch.setenv("SOLO_DISTRIBUTOR", distributor)
                 if distributor == "ray":
-                    patch.setenv("SOLO_IMAGES", "s3://bucket/images")
+                    patch.setenv("SOLO_IMAGES", "s3://images/acquired")
                 digests[distributor] = make(job(folder, listed, server.port), acquire.run)[0].manifest.digest
     files.invalidate_cache()
     assert len(digests) > 1 and len(set(digests.values())) == 1
-    assert canary.n_connections == 0 and not files.find("bucket")
+    assert canary.n_connections == 0 and not files.find("images")
     if "ray" in digests:  # what a worker does that was not sent the guard
         url = f"http://127.0.0.1:{canary.port}/x.jpg"
         command = [str(download.environment()), "-I", "-c", TWIN, url]

@@ -27,9 +27,10 @@ SOCKETS_BYTES = 8 << 20  # what the kernel takes from a sender that nobody reads
 
 
 class Memory:
-    """The largest resident size of any process below this one, while the block lasts."""
+    """The largest resident size of any process that is begun below this one while the block lasts."""
 
     def __enter__(self):
+        self._others = {child.pid for child in psutil.Process().children()}  # servers of other tests
         self.peak, self._done = 0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -37,9 +38,10 @@ class Memory:
 
     def _watch(self):
         while not self._done.wait(0.1):
-            for process in psutil.Process().children(recursive=True):
+            for child in psutil.Process().children():
                 try:
-                    self.peak = max(self.peak, process.memory_info().rss)
+                    family = [] if child.pid in self._others else [child, *child.children(recursive=True)]
+                    self.peak = max([self.peak, *(process.memory_info().rss for process in family)])
                 except psutil.Error:
                     continue
 

@@ -185,39 +185,25 @@ def test_a_store_without_its_client_is_said_before_a_document_is_read(monkeypatc
         Shards({"web": "nowhere://x"})
 
 
-def test_packs_from_an_s3_store(made, tmp_path, monkeypatch):  # noqa: F811
+def test_packs_from_an_s3_store(made, tmp_path, monkeypatch, s3_server):  # noqa: F811
     """A real server and client, moto's and s3fs, on the loopback."""
-    for name in ("s3fs", "flask_cors"):
-        pytest.importorskip(name, reason=f"{name} is not installed; pip install -e '.[dev]' brings it")
-    moto = pytest.importorskip("moto.server", reason="moto[s3] is not installed; pip install -e '.[dev]' brings it")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(name, value)
-        store = fsspec.filesystem("s3", skip_instance_cache=True)
-        store.mkdir("bucket")
-        folder, _, packs = made
-        for path in folder.rglob("shards/*"):
-            store.pipe_file(f"bucket/{path.relative_to(folder).as_posix()}", path.read_bytes())
-        places = {s: f"s3://bucket/{s}" for s in ("web", "chat")}
-        shards = Shards(places, cache=tmp_path / "cache", cache_bytes=20_000)
-        remote_loader = PackLoader(folder / "plan", shards, TOKENS, PACK_TOKENS)
-        local = PackLoader(folder / "plan", {s: folder / s for s in ("web", "chat")}, TOKENS, PACK_TOKENS)
-        for _ in range(2):
-            got = list(remote_loader.iterate(0, batch_packs=3, workers=4))
-            assert all(same(local.load(i), pack) for i, pack in enumerate(got)) and len(got) == len(local)
-        assert 0 < sum(p.stat().st_size for p in (tmp_path / "cache").iterdir()) <= 20_000
-        row = packs[2][0]
-        store.rm(f"bucket/{row['source']}/shards/{row['shard']:05d}.tar")
-        store.invalidate_cache()
-        with pytest.raises(DamagedSampleError, match=rf"^{row['key']}: .*FileNotFoundError"):
-            PackLoader(folder / "plan", places, TOKENS, PACK_TOKENS).load(2)
-    finally:
-        server.stop()
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    store.mkdir("packs")
+    folder, _, packs = made
+    for path in folder.rglob("shards/*"):
+        store.pipe_file(f"packs/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    places = {s: f"s3://packs/{s}" for s in ("web", "chat")}
+    shards = Shards(places, cache=tmp_path / "cache", cache_bytes=20_000)
+    remote_loader = PackLoader(folder / "plan", shards, TOKENS, PACK_TOKENS)
+    local = PackLoader(folder / "plan", {s: folder / s for s in ("web", "chat")}, TOKENS, PACK_TOKENS)
+    for _ in range(2):
+        got = list(remote_loader.iterate(0, batch_packs=3, workers=4))
+        assert all(same(local.load(i), pack) for i, pack in enumerate(got)) and len(got) == len(local)
+    assert 0 < sum(p.stat().st_size for p in (tmp_path / "cache").iterdir()) <= 20_000
+    row = packs[2][0]
+    store.rm(f"packs/{row['source']}/shards/{row['shard']:05d}.tar")
+    store.invalidate_cache()
+    with pytest.raises(DamagedSampleError, match=rf"^{row['key']}: .*FileNotFoundError"):
+        PackLoader(folder / "plan", places, TOKENS, PACK_TOKENS).load(2)
