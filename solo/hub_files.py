@@ -42,7 +42,7 @@ def listed(want: Asked) -> list[File]:
     asked = {"recursive": True, "revision": want.revision, "repo_type": "dataset"}
     try:
         entries = [e for e in _api().list_repo_tree(repository, below or None, **asked) if isinstance(e, RepoFile)]
-    except Exception as error:
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise ValueError(f"{want.source}: {_said(error, want)}") from None
     by_name = {e.path.removeprefix(f"{folder}/" if folder else ""): e for e in entries}
     return [_file(name, by_name[name]) for name in chosen(sorted(by_name), want)]
@@ -58,7 +58,7 @@ def latest(want: Asked) -> str:
     """The commit that the repository's main branch has now, to be put into the spec."""
     try:
         return str(_api().dataset_info(want.repository[0]).sha)
-    except Exception as error:
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise ValueError(f"{want.source}: {_said(error, want)}") from None
 
 

@@ -72,7 +72,7 @@ class Saver:
                     _store().set(key + str(self.rank), json.dumps(told))
                     if self.rank == 0:
                         self._complete(loader, self._told(key))
-                except Exception as error:
+                except Exception as error:  # raised again at the next step's end; the other ranks wait for an answer
                     self.bug = error
                     _store().set(key + str(self.rank), json.dumps({"fault": _line(error)}))
                 finally:

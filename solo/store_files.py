@@ -65,7 +65,7 @@ def opener(want: Asked) -> Opener:
             try:
                 data = store.cat_file(path, start=start, end=min(start + BLOCK_BYTES, total))
                 now = stamp(path) if start + len(data) >= total else seen
-            except Exception as error:
+            except Exception as error:  # clients raise what their libraries do
                 raise _failed(error) from None
             if not data:
                 raise Failed("connection", None, "the store sends no bytes")
@@ -78,7 +78,7 @@ def opener(want: Asked) -> Opener:
         path = f"{root}/{file.name}" if file.name else root
         try:
             now, total = stamp(path), int(store.info(path)["size"])
-        except Exception as error:
+        except Exception as error:  # as above
             raise _failed(error) from None
         return Answer(start, total, now, parts(path, start, total, now))
 
