@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from contextlib import suppress
@@ -103,10 +104,12 @@ def up(*, worker: bool) -> str:
         state = _state()
         if alive("server") is None:
             _stop("worker")  # it calls the server that is gone
-            state = {"port": port()}
-            _write_env(environment(state["port"]))
-            _start("server", ["server", "start", "--host", "127.0.0.1", "--port", str(state["port"])], state)
-            _wait(state["port"])
+            # Two homes that start at once would both find a port free, and one use the other's server.
+            with FileLock(Path(tempfile.gettempdir()) / f"solo-server-{os.getuid()}.lock"):
+                state = {"port": port()}
+                _write_env(environment(state["port"]))
+                _start("server", ["server", "start", "--host", "127.0.0.1", "--port", str(state["port"])], state)
+                _wait(state["port"])
         env = os.environ | environment(state["port"])
         if worker and alive("worker") is None:
             _prefect(env, "work-pool", "create", POOL, "--type", "process", "--overwrite")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,10 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     """Environment of a Prefect server that lives as long as the tests."""
     home = tmp_path_factory.mktemp("prefect")
     env = clean_env(home)
-    with socket.socket() as probe:  # two processes of tests that begin at once would both find the default port free
-        probe.bind(("127.0.0.1", 0))
-        own = {"SOLO_PORT": str(probe.getsockname()[1])}
-    subprocess.run([sys.executable, "-m", "flows.server", "server"], cwd=CHECKOUT, env=env | own, check=True)
+    subprocess.run([sys.executable, "-m", "flows.server", "server"], cwd=CHECKOUT, env=env, check=True)
     yield env | settings_of(home)
     subprocess.run([sys.executable, "-m", "flows.server", "down"], cwd=CHECKOUT, env=env, check=True)
 
