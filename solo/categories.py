@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import duckdb
 
 from solo.artifact import Artifact
-from solo.exclude import literal
+from solo.query import literal
 
 NONE = "(none)"
 

@@ -23,7 +23,8 @@ import pyarrow as pa
 from solo import amounts, draw, exclude, mix_sql, predicate, query, quotas
 from solo.amounts import Draw
 from solo.artifact import Artifact, Job, Result, write_atomic
-from solo.exclude import Ledger, literal
+from solo.exclude import Ledger
+from solo.query import literal
 from solo.spec import MixSource, MixSpec, SpecError
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ import duckdb
 
 from solo import exclude
 from solo.amounts import Draw
-from solo.exclude import Ledger, literal
+from solo.exclude import Ledger
+from solo.query import literal
 
 LAST = "g"  # behind every hash in hex
 

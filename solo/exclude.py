@@ -24,6 +24,7 @@ from solo import decontaminate, duplicates
 from solo.artifact import Artifact, Job
 from solo.decontaminate import HITS, Benchmark
 from solo.measure import write_table
+from solo.query import literal
 from solo.spec import MixSource, MixSpec, SpecError
 
 EXCLUDED_FILE, HITS_FILE = "excluded.parquet", "contamination.parquet"
@@ -234,12 +235,3 @@ def _picture_hits(con: duckdb.DuckDBPyConnection, wanted: list[Benchmark]) -> li
         con.unregister(name)
     names = ("benchmark", "item", "source", "key")
     return [dict(zip(names, place, strict=True)) | {"how": how, "evidence": e} for place, (how, e) in hits.items()]
-
-
-def literal(value: object) -> str:
-    """A value in SQL's own notation."""
-    if isinstance(value, list):
-        return f"[{', '.join(literal(v) for v in value)}]"
-    if isinstance(value, str):
-        return "'" + value.replace("'", "''") + "'"
-    return str(value).upper()

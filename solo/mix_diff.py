@@ -17,8 +17,8 @@ import numpy as np
 
 from solo import artifact, categories, gallery, locks
 from solo.artifact import Artifact, LedgerError
-from solo.exclude import literal
 from solo.markdown import escape, join, picture, table
+from solo.query import literal
 from solo.sample import read_sample
 
 Row = dict[str, Any]

@@ -4,33 +4,34 @@ In: `sql` of a mix: one SELECT of `key`, `source` and `n_repeats` over two views
 ledgers with all their columns and `reason` (NULL, or why it cannot be drawn), and `eligible`, those without a reason.
 Out: table `asked` of the rows it gave. Invariants: the query reads nothing else and writes nothing; each row names a
 sample that can be drawn, once; the answer does not depend on threads, so it runs on one, with fixed memory and scratch,
-and no function that another run would answer otherwise. Cost: the query, at most TIMEOUT_S.
+and no function that another run would answer otherwise; it runs in a process of its own (solo/mix_answer.py), so that
+no query harms this one. Cost: the start of that process and the query, at most TIMEOUT_S.
 """
 
 from __future__ import annotations
 
-import threading
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from solo import predicate, query
-from solo.exclude import Ledger, literal
-from solo.query import QueryError
+from solo import mix_answer
+from solo.exclude import Ledger
+from solo.mix_answer import Question
+from solo.query import literal
 from solo.spec import SpecError
 
-VIEWS = ("ledger", "eligible")
-HINT = f"views are {' and '.join(VIEWS)}, of the mix's own sources"
 MEMORY_BYTES, SCRATCH_BYTES, TIMEOUT_S = 4 << 30, 32 << 30, 600.0
 MAX_REPEATS = 1_000  # a mix that shows a sample more often is a mistake of the query
-BATCH_ROWS = 122_880
-GROWING = {"repeat", "repeat_row", "lpad", "rpad", "bar", "printf", "format", "list_resize", "array_resize"}
-ANSWER = pa.schema([("key", pa.string()), ("source", pa.string()), ("n_repeats", pa.int32())])
-INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"}
+REPOSITORY = Path(__file__).parents[1]
 
 ROWS = """
 SELECT * REPLACE ({source} AS source), {reason} AS reason
@@ -72,52 +73,61 @@ def run(
 ) -> None:
     """Table `asked` in `con`, from the answer of `text`; SpecError, in one line, where either may not be."""
     work.mkdir(parents=True, exist_ok=True)
-    answer = work / "asked.parquet"
+    asked = question(text, ledgers, excluded, work)
     try:
-        check(text)
-        _ask(text, ledgers, excluded, answer, work)
-    except (QueryError, duckdb.Error, OSError) as error:  # an OSError where DuckDB fails while Arrow reads
-        said = predicate.one_line(duckdb.Error(str(error))).removeprefix("sql: ")
-        if "INTERRUPT Error" in said:
-            said = f"no answer within {TIMEOUT_S:g} s; ask for less"
-        raise SpecError(f"{where}: sql: {said}") from None
-    con.execute(f"CREATE OR REPLACE TEMP TABLE asked AS FROM read_parquet({literal(str(answer))})")
+        if said := ask(asked):
+            raise SpecError(f"{where}: sql: {said}")
+        with pa.memory_map(asked.answer) as file:
+            con.from_arrow(pa.ipc.open_stream(file)).query("rows", "CREATE OR REPLACE TEMP TABLE asked AS FROM rows")
+    finally:
+        shutil.rmtree(asked.scratch)
     for what, sql in WRONG.items():
         wrong = sql.format(left=" AND key NOT IN (SELECT key FROM excluded)" if excluded else "")
         for key, source in con.execute(f"{wrong} ORDER BY ALL LIMIT 1").fetchall():
             raise SpecError(f"{where}: sql: sample {key!r} of {source!r} {what}; change the query")
 
 
-def check(text: str) -> None:
-    """Refuse what is no SELECT over the views, and what another run would answer otherwise."""
-    with duckdb.connect() as parser:
-        query.check(parser, text, VIEWS, HINT)
-        unstable = predicate.unstable()
-        for node in query.parse(parser, text):
-            names = [str(node.get("function_name", "")), *node.get("column_names", [])]
-            for name in (n.lower() for n in names if isinstance(n, str)):
-                if name in unstable or name.startswith(("approx_", "reservoir_")):
-                    raise QueryError(f"{name}() gives another answer at another time; take it out")
-                if name in GROWING:
-                    raise QueryError(f"{name}() can make a value of any size, which no cap sees; take it out")
-            if node.get("sample"):
-                raise QueryError("a sample is another one at another time; order by md5(key) and limit instead")
-
-
-def _ask(text: str, ledgers: Sequence[Ledger], excluded: Path | None, answer: Path, work: Path) -> None:
+def question(text: str, ledgers: Sequence[Ledger], excluded: Path | None, work: Path) -> Question:
+    """What the process is asked; its scratch is made."""
     files = [str(f) for c in ledgers for f in sorted(Path(c.files).parent.glob("*.parquet"))]
     files += [c.files for c in ledgers] + ([str(excluded)] if excluded else [])
-    con = query.lock(work / "sql", memory_bytes=MEMORY_BYTES, scratch_bytes=SCRATCH_BYTES, files=files, threads=1)
-    late = threading.Timer(TIMEOUT_S, con.interrupt)
+    made = view(ledgers, {c.name: literal(c.files) for c in ledgers}, literal(str(excluded)) if excluded else None)
+    scratch = work / "sql"
+    scratch.mkdir(exist_ok=True)
+    return Question(
+        text,
+        [made, ELIGIBLE],
+        files,
+        str(scratch),
+        str(scratch / "answer.arrow"),
+        MEMORY_BYTES,
+        SCRATCH_BYTES,
+        TIMEOUT_S,
+    )
+
+
+def ask(asked: Question) -> str:
+    """Why there is no answer, in one line; empty where there is one."""
+    command = [sys.executable, "-P", "-m", mix_answer.__name__]
+    # Of our environment it needs where libraries are, and no token.
+    env = {"PYTHONPATH": str(REPOSITORY)} | {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
     try:
-        left_out = literal(str(excluded)) if excluded else None
-        con.execute(view(ledgers, {c.name: literal(c.files) for c in ledgers}, left_out))
-        con.execute(ELIGIBLE)
-        late.start()
-        _write(con.sql(text), answer)
-    finally:
-        late.cancel()
-        con.close()
+        ended = subprocess.run(
+            command,
+            input=json.dumps(asdict(asked)),
+            capture_output=True,
+            check=False,
+            text=True,
+            env=env,
+            timeout=asked.timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {asked.timeout_s:g} s; ask for less"
+    if ended.returncode >= 0:
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.strip()
+    name = signal.Signals(-ended.returncode).name
+    return f"its process was ended by {name}; {mix_answer.want_of_memory(asked)}"
 
 
 def view(ledgers: Sequence[Ledger], files: dict[str, str], excluded: str | None) -> str:
@@ -127,18 +137,3 @@ def view(ledgers: Sequence[Ledger], files: dict[str, str], excluded: str | None)
     )
     joined = EXCLUDED.format(files=excluded) if excluded else ""
     return LEDGER.format(rows=rows, replaced=REPLACED if excluded else "", joined=joined)
-
-
-def _write(rows: Any, answer: Path) -> None:  # noqa: ANN401 - DuckDB's relation
-    kinds = dict(zip(rows.columns, map(str, rows.types), strict=True))
-    if set(kinds) != set(ANSWER.names) or len(rows.columns) != len(ANSWER.names):
-        raise QueryError(f"its columns are {rows.columns}; give key, source and n_repeats")
-    if kinds["n_repeats"] not in INTEGERS or {kinds["key"], kinds["source"]} != {"VARCHAR"}:
-        raise QueryError(f"its types are {kinds}; key and source are VARCHAR, n_repeats is a whole number")
-    with pq.ParquetWriter(answer, ANSWER) as writer:
-        for batch in rows.to_arrow_reader(BATCH_ROWS):
-            table = pa.Table.from_batches([batch]).select(ANSWER.names)
-            try:
-                writer.write_table(table.cast(ANSWER))
-            except pa.ArrowInvalid as error:
-                raise QueryError(f"n_repeats: {' '.join(str(error).split())}") from None

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import duckdb
 from duckdb import SQLExpression
 
+from solo.query import one_line, unstable
 from solo.spec import SpecError
 
-# Functions that give another answer at another time (random, now) or in another session.
-UNSTABLE = "SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
 PARSED = "SELECT json_serialize_sql('SELECT ' || $predicate)"
 
 # What an expression over columns consists of; whatever DuckDB adds in a later version is refused until it is listed.
@@ -62,18 +60,6 @@ def failing(samples: duckdb.DuckDBPyRelation, predicates: Mapping[str, str]) -> 
         except duckdb.Error as error:
             return f"{name}: {one_line(error)}; try_cast gives NULL"
     return None
-
-
-def one_line(error: duckdb.Error) -> str:
-    """DuckDB's message without its picture of the query."""
-    return " ".join(str(error).split("\n\nLINE ")[0].split())
-
-
-@cache
-def unstable() -> frozenset[str]:
-    """Functions whose answer is another at another time; to ask for each source took a tenth of curating a mix."""
-    with duckdb.connect() as con:
-        return frozenset(name for (name,) in con.execute(UNSTABLE).fetchall())
 
 
 def _unfit(con: duckdb.DuckDBPyConnection, predicate: str, volatile: frozenset[str]) -> Iterator[str]:

@@ -3,26 +3,27 @@
 In: the text of one query, the views it may name. Out: the views it names, or a `QueryError`; a connection that can open
 the files it was given and no other. Invariants: two locks, each enough alone for a read: the parse tree is held against
 a list of what may stand in it (in DuckDB 2.0 a CTE may hold a COPY or an INSERT), and DuckDB itself has no extension,
-no other file, and settings that are final. Cost: parsing; memory and scratch of the connection are capped.
+no other file, and settings that are final. Cost: parsing; memory and scratch of the connection are capped. Imports no
+module of ours: a process that is started for one query (solo/mix_answer.py) has no time for them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import duckdb
-
-from solo.exclude import literal
-from solo.predicate import one_line
 
 # What may stand in a query's tree. Table functions that make rows from their arguments; all others read something.
 NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
 TABLE_FUNCTIONS = {"range", "generate_series", "unnest", "json_each", "json_tree", "repeat", "repeat_row"}
 REFUSED_FUNCTIONS = {"write_log", "sleep_ms", "nextval", "setval", "currval", "getvariable", "current_setting"}
 PARSED = "SELECT json_serialize_sql($text)"
+# Functions that give another answer at another time (random, now) or in another session.
+UNSTABLE = "SELECT DISTINCT lower(function_name) FROM duckdb_functions() WHERE stability <> 'CONSISTENT'"
 
 
 class QueryError(ValueError):
@@ -76,7 +77,10 @@ def check(parser: duckdb.DuckDBPyConnection, text: str, views: Collection[str], 
 def parse(parser: duckdb.DuckDBPyConnection, text: str) -> Iterator[dict[str, Any]]:
     """Every node of the tree of one SELECT."""
     ((parsed,),) = parser.execute(PARSED, {"text": text}).fetchall()
-    tree = json.loads(parsed)
+    try:
+        tree = json.loads(parsed)
+    except RecursionError:
+        raise QueryError("sql: expressions are nested too deep; write them flatter") from None
     if tree["error"]:
         # A syntax error has its place; any other statement has a message that speaks of JSON.
         said = one_line(duckdb.Error(tree["error_message"]))
@@ -110,3 +114,24 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - JSON
             waiting += node.values()
         elif isinstance(node, list):
             waiting += node
+
+
+def literal(value: object) -> str:
+    """A value in SQL's own notation."""
+    if isinstance(value, list):
+        return f"[{', '.join(literal(v) for v in value)}]"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return str(value).upper()
+
+
+def one_line(error: duckdb.Error) -> str:
+    """DuckDB's message without its picture of the query."""
+    return " ".join(str(error).split("\n\nLINE ")[0].split())
+
+
+@cache
+def unstable() -> frozenset[str]:
+    """Functions whose answer is another at another time; to ask for each source took a tenth of curating a mix."""
+    with duckdb.connect() as con:
+        return frozenset(name for (name,) in con.execute(UNSTABLE).fetchall())

@@ -14,7 +14,8 @@ from typing import Any
 import duckdb
 
 from solo import predicate
-from solo.exclude import Ledger, literal
+from solo.exclude import Ledger
+from solo.query import literal, one_line
 from solo.spec import MixSpec, SpecError
 
 OVER = """
@@ -46,7 +47,7 @@ def run(con: duckdb.DuckDBPyConnection, mix: MixSpec, ledgers: Sequence[Ledger],
                 con.execute(OVER.format(**words, files=literal(ledger.files)), {"seed": str(mix.seed)})
             except duckdb.Error as error:
                 where = f"mixes/{mix.name}.yaml: sources.{ledger.name}.quotas.{name}.by"
-                raise SpecError(f"{where}: {predicate.one_line(error)}; try_cast gives NULL") from None
+                raise SpecError(f"{where}: {one_line(error)}; try_cast gives NULL") from None
             kept.append(OVER.format(**words, files=files[ledger.name]))
     return kept
 

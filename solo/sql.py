@@ -24,11 +24,9 @@ from solo import artifact, metrics, raw, trained
 from solo.artifact import Manifest
 from solo.curate import LOCK
 from solo.evaluate import ANSWERS
-from solo.exclude import literal
 from solo.filter import FIXED, VERDICT
 from solo.pack_plan import PACKS, PLAN
-from solo.predicate import one_line
-from solo.query import QueryError, check, lock
+from solo.query import QueryError, check, literal, lock, one_line
 from solo.shard import PLACE
 
 MEMORY_SHARE = 0.5  # of the machine's; the rest stays with whoever is running a recipe beside the query

@@ -229,6 +229,21 @@ PREDICATES = (
     "-- nothing",
 )
 
+# Values that DuckDB's own cap does not see whole, by functions of which no list is complete.
+GIANTS = (
+    "repeat('x', 2000000000)",
+    "printf('%2000000000d', 1)",
+    "format('{:2000000000d}', 1)",
+    "hex(repeat('x', 1000000000))",
+    "list_resize([1], 1000000000, 7)::VARCHAR",
+    "[i FOR i IN range(300000000)]::VARCHAR",
+    "map(range(100000000), range(100000000))::VARCHAR",
+    "list_transform(range(3000), lambda x: repeat('x', 1000000))::VARCHAR",
+    "list_reduce(list_transform(range(40), lambda i: 'x'), lambda a, b: a || a)",
+    "replace(repeat('x', 100000), 'x', repeat('y', 100000))",
+    "rpad('x', 2000000000, 'y')",
+)
+
 
 class Ground:
     """A folder with a secret, a Parquet file beside the data root, and one of an artifact; it says if any changed."""

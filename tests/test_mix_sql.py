@@ -1,16 +1,20 @@
 """A mix by SQL: its rows are the lock's, each is checked, and hostile text reads and writes nothing."""
 
+import resource
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 import hostile_sql as hostile
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_curate import SEED, job, ledger, lengths, replay, rows, shard
 
-from solo import artifact, curate, mix_sql
+from solo import artifact, curate, mix_answer, mix_sql
 from solo.artifact import Artifact
 from solo.exclude import Ledger
 from solo.spec import MixSource, SpecError
@@ -82,10 +86,8 @@ def test_its_rows_are_the_lock_on_any_number_of_threads_and_the_kept_script_give
         ("SELECT key, source, 1 AS n_repeats FROM eligible WHERE current_date > '2020-01-01'", "gives another answer"),
         ("SELECT key, source, 1 AS n_repeats FROM eligible USING SAMPLE 3", "a sample is another one"),
         ("SELECT key, source, 1 AS n_repeats FROM eligible TABLESAMPLE 30%", "a sample is another one"),
-        (
-            "SELECT repeat(key, 9) AS key, source, 1 AS n_repeats FROM eligible",
-            r"repeat\(\) can make a value of any size",
-        ),
+        ("SELECT repeat(key, 99) AS key, source, 1 AS n_repeats FROM eligible", "key of 1386 bytes; at most 1024"),
+        ("SELECT key, source, " + "abs(" * 450 + "1" + ")" * 450 + " AS n_repeats FROM eligible", "nested too deep"),
         ("SELECT key, source, approx_count_distinct(key) AS n_repeats FROM eligible GROUP BY ALL", "gives another"),
     ],
 )
@@ -128,13 +130,15 @@ def con() -> Iterator[duckdb.DuckDBPyConnection]:
         yield con
 
 
-def asked(con: duckdb.DuckDBPyConnection, text: str, ground: hostile.Ground, work: Path) -> list[tuple]:
-    """The answer to a text over a ledger of three samples."""
+def ledger_of(ground: hostile.Ground) -> Ledger:
     files = str(ground.folder / "ledgers" / "*.parquet")
-    of = Ledger(MixSource(source="a"), files, "CAST(NULL AS VARCHAR)", None, ("key",))  # type: ignore[arg-type]
-    con.execute(f"CREATE OR REPLACE TEMP VIEW samples AS SELECT *, NULL AS reason FROM '{files}'")
-    mix_sql.run(con, ground.fill(text), [of], None, where="mixes/toy.yaml", work=work)
-    return con.execute("FROM asked").fetchall()
+    return Ledger(MixSource(source="a"), files, "CAST(NULL AS VARCHAR)", None, ("key",))  # type: ignore[arg-type]
+
+
+def run(con: duckdb.DuckDBPyConnection, text: str, ground: hostile.Ground, work: Path) -> None:
+    """Ask a text of a ledger of three samples, in a process as curate does."""
+    con.execute(f"CREATE OR REPLACE TEMP VIEW samples AS SELECT *, NULL AS reason FROM '{ledger_of(ground).files}'")
+    mix_sql.run(con, ground.fill(text), [ledger_of(ground)], None, where="mixes/toy.yaml", work=work)
 
 
 def test_there_are_enough_of_them() -> None:
@@ -142,12 +146,21 @@ def test_there_are_enough_of_them() -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_is_one_line_and_touches_nothing(
+def test_hostile_text_is_one_line_and_touches_nothing(ground: hostile.Ground, tmp_path: Path, text: str) -> None:
+    """Here what the process answers is asked in this one: none of these needs its limits."""
+    before = ground.state()
+    said = mix_answer.answer(mix_sql.question(ground.fill(text), [ledger_of(ground)], None, tmp_path))
+    assert said and "\n" not in said and "SECRET" not in said
+    assert ground.state() == before and not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("text", HOSTILE[:: len(HOSTILE) // 5])
+def test_so_it_is_in_its_process(
     con: duckdb.DuckDBPyConnection, ground: hostile.Ground, tmp_path: Path, text: str
 ) -> None:
     before = ground.state()
     with pytest.raises(SpecError) as caught:
-        asked(con, text, ground, tmp_path)
+        run(con, text, ground, tmp_path)
     said = str(caught.value)
     assert said.startswith("mixes/toy.yaml: sql: ") and "\n" not in said and "SECRET" not in said
     assert ground.state() == before and not list(tmp_path.iterdir())
@@ -156,15 +169,14 @@ def test_hostile_text_is_one_line_and_touches_nothing(
 @pytest.mark.parametrize(
     "text", [t for t in HOSTILE[::2] if t.startswith(("SELECT", "SET", "ATTACH")) and ";" not in t]
 )
-def test_duckdb_alone_lets_nothing_else_be_read(
-    con: duckdb.DuckDBPyConnection, ground: hostile.Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    monkeypatch.setattr(mix_sql, "check", lambda text: None)
+def test_duckdb_alone_lets_nothing_else_be_read(ground: hostile.Ground, tmp_path: Path, text: str) -> None:
     before = ground.state()
+    asked = mix_sql.question(ground.fill(text), [ledger_of(ground)], None, tmp_path)
     try:
-        found = asked(con, text, ground, tmp_path)
-    except SpecError as error:
-        found = [(str(error),)]
+        mix_answer.write(asked)
+        found = pa.ipc.open_stream(asked.answer).read_all().to_pylist()
+    except (ValueError, duckdb.Error, OSError) as error:
+        found = [str(error)]
     assert "SECRET" not in str(found) and ground.state() == before
 
 
@@ -184,4 +196,31 @@ def test_a_bomb_meets_a_cap(
     for name, cap in {"TIMEOUT_S": 1.5, "MEMORY_BYTES": 64 << 20, "SCRATCH_BYTES": 16 << 20}.items():
         monkeypatch.setattr(mix_sql, name, cap)
     with pytest.raises(SpecError, match=r"mixes/toy\.yaml: sql: (no answer within 1\.5 s|Out of Memory Error)"):
-        asked(con, text, ground, tmp_path)
+        run(con, text, ground, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("giant", hostile.GIANTS)
+def test_a_giant_value_ends_in_its_own_process(
+    con: duckdb.DuckDBPyConnection, ground: hostile.Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, giant: str
+) -> None:
+    for name, cap in {"TIMEOUT_S": 3.0, "MEMORY_BYTES": 64 << 20}.items():
+        monkeypatch.setattr(mix_sql, name, cap)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    remedy = "a query of a mix has 64 MiB of memory, 1,024 MiB of them again .*; ask for fewer rows or shorter strings"
+    with pytest.raises(SpecError, match=rf"mixes/toy\.yaml: sql: (no answer within 3 s|Out of Memory Error.*{remedy})"):
+        run(con, f"SELECT {giant} AS key, source, 1 AS n_repeats FROM eligible", ground, tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < own + (64 << 10)
+
+
+def test_a_process_that_is_killed_is_told(ground: hostile.Ground, tmp_path: Path) -> None:
+    def kill() -> None:
+        while not (found := psutil.Process().children()):
+            time.sleep(0.01)
+        found[0].kill()  # as the kernel does where the machine has less memory than the query may take
+
+    late = threading.Thread(target=kill)
+    late.start()
+    said = mix_sql.ask(mix_sql.question("SELECT 1", [ledger_of(ground)], None, tmp_path))
+    late.join()
+    assert said.startswith("its process was ended by SIGKILL; a query of a mix has 4,096 MiB of memory, 1,024 MiB ")
