@@ -2,7 +2,8 @@
 
 In: a repository, a folder in it, a commit, patterns. Out: files with the sizes and digests that the commit names, and
 bytes from any place on. Invariants: what is fetched is checked against the commit, so neither a mirror nor a cache can
-change a byte; the token is HF_TOKEN and goes to the endpoint alone. Cost: a page of the listing for 1,000 files.
+change a byte; the token is HF_TOKEN and goes to the endpoint alone. Cost: a page of the listing for 1,000 files; where
+the hub does not answer, its client tries for 23 s.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from urllib.parse import urlsplit
 
 from solo.isolated.rules import Failed
 from solo.location import UNPINNED, Asked, chosen, stem
+from solo.patience import ONCE_S
 from solo.published import Answer, File, Opener
-from solo.web_files import Client, rules
+from solo.web_files import WAIT_S, Client, rules
 
 ENDPOINT = "https://huggingface.co"
 OFFLINE = "HF_HUB_OFFLINE is set; unset it, or fetch where there is a network"
@@ -31,16 +33,18 @@ def _api() -> Any:  # noqa: ANN401 - imported here, since it takes half a second
     return HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or False, library_name="solo-recipe")
 
 
-def listed(want: Asked) -> list[File]:
-    """The files of the commit that the patterns ask for."""
+def listed(want: Asked, *, once: bool = False) -> list[File]:
+    """The files of the commit that the patterns ask for; `once`: no more tries where the hub does not answer."""
     repository, folder = want.repository
     if want.revision == UNPINNED:
-        raise ValueError(f"{want.source}: revision is unpinned; {repository} is at {latest(want)} now")
+        raise ValueError(f"{want.source}: revision is unpinned; {repository} is at {latest(want, once=once)} now")
     from huggingface_hub.hf_api import RepoFile
 
     below = "/".join(part for part in (folder, stem(want.files)) if part)
     asked = {"recursive": True, "revision": want.revision, "repo_type": "dataset"}
     try:
+        if once:  # of the client's two requests the one that it does not repeat
+            _api().dataset_info(repository, revision=want.revision, timeout=ONCE_S)
         entries = [e for e in _api().list_repo_tree(repository, below or None, **asked) if isinstance(e, RepoFile)]
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise ValueError(f"{want.source}: {_said(error, want)}") from None
@@ -54,10 +58,10 @@ def _file(name: str, entry: Any) -> File:  # noqa: ANN401
     return File(name, entry.size, None, entry.blob_id)
 
 
-def latest(want: Asked) -> str:
+def latest(want: Asked, *, once: bool = False) -> str:
     """The commit that the repository's main branch has now, to be put into the spec."""
     try:
-        return str(_api().dataset_info(want.repository[0]).sha)
+        return str(_api().dataset_info(want.repository[0], timeout=ONCE_S if once else WAIT_S).sha)
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise ValueError(f"{want.source}: {_said(error, want)}") from None
 

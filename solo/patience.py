@@ -16,6 +16,7 @@ from solo.isolated.rules import Failed
 TRIES = 6  # in a row that bring nothing to speak of
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 LONGEST_RETRY_AFTER_S = 300.0
+ONCE_S = 4.0  # for an answer, where a person waits for it and nothing is tried again
 TRANSIENT = ("timeout", "dns", "connection", "http_429", "http_5xx")
 REMEDIES = {
     "http_404": "correct acquire.location or acquire.files",

@@ -37,19 +37,19 @@ class Answer:
 Opener = Callable[[File, int, str | None], Answer]  # the file, the first byte wanted, the stamp seen before
 
 
-def listed(want: Asked) -> list[File]:
-    """The files asked for; ValueError where one is not there."""
+def listed(want: Asked, *, once: bool = False) -> list[File]:
+    """The files asked for; ValueError where one is not there. `once`: a person waits, so nobody is asked again."""
     if want.kind == "hub":
         from solo import hub_files
 
-        return hub_files.listed(want)
+        return hub_files.listed(want, once=once)
     if want.kind == "store":
         from solo import store_files
 
         return store_files.listed(want)
     from solo import web_files
 
-    return web_files.listed(want)
+    return web_files.listed(want, once=once)
 
 
 def opener(want: Asked) -> Opener:

@@ -197,7 +197,7 @@ def _told(spec: SourceSpec, location: Path, odd: Rejected) -> str:
 
 def absent(want: Asked) -> str:
     """What is published of a source that is not here yet, and how to have it."""
-    files = published.listed(want)
+    files = published.listed(want, once=True)
     known = [file.size for file in files if file.size is not None]
     total = size(sum(known)) if len(known) == len(files) else "of unknown size"
     shown = ", ".join(file.name or want.name for file in files[:3]) + (", ..." if len(files) > 3 else "")

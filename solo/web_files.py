@@ -24,7 +24,7 @@ from solo.isolated.address import Target
 from solo.isolated.rules import Failed, Rules
 from solo.isolated.web import MAX_REDIRECTS, REDIRECTS, answered, retry_after, secured
 from solo.location import Asked
-from solo.patience import Busy, patiently, remedy
+from solo.patience import ONCE_S, Busy, patiently, remedy
 from solo.published import Answer, File, Opener
 
 AGENT = "solo-recipe/1 (archive download)"
@@ -125,9 +125,9 @@ def rules(**changes: object) -> Rules:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-def _client(want: Asked) -> Client:
+def _client(want: Asked, timeout_s: float = WAIT_S) -> Client:
     mapped = tuple((host.lower(), "127.0.0.1", port) for host, port in want.loopback_ports.items())
-    return Client(rules(mapped=mapped))
+    return Client(rules(mapped=mapped, timeout_s=timeout_s))
 
 
 def _url(want: Asked, name: str) -> str:
@@ -136,13 +136,14 @@ def _url(want: Asked, name: str) -> str:
     return f"{url}?{query}" if query else url
 
 
-def listed(want: Asked) -> list[File]:
-    """The files named, each with the size its server tells."""
-    client = _client(want)
+def listed(want: Asked, *, once: bool = False) -> list[File]:
+    """The files named, each with the size its server tells; `once`: no more tries where it does not answer."""
+    client = _client(want, ONCE_S if once else WAIT_S)
 
     def look(name: str) -> File:
+        ask = partial(client.open, _url(want, name), 0, None, end=0)
         try:
-            answer = patiently(partial(client.open, _url(want, name), 0, None, end=0))
+            answer = ask() if once else patiently(ask)
         except Failed as failed:
             what = f"{name or want.name} at {want.location.partition('?')[0]}"
             raise ValueError(f"{want.source}: {what}: {failed.detail}; {remedy(failed)}") from None

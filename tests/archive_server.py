@@ -184,6 +184,10 @@ class Handler(BaseHTTPRequestHandler):
             self._resolve(hub.repositories[repository][parts[4]], "/".join(parts[5:]))
         elif len(parts) == 4:
             self._json({"id": repository, "sha": list(hub.repositories[repository])[-1]})
+        elif parts[4] == "revision" and parts[5] in hub.repositories[repository]:
+            self._json({"id": repository, "sha": parts[5]})
+        elif parts[4] == "revision":
+            self._empty(404, {"X-Error-Code": "RevisionNotFound"})
         else:
             self._tree(repository, parts[5], "/".join(parts[6:]), int(query.get("cursor", ["0"])[0]))
 

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from archive_server import Hub, Site, serving
 from test_acquire import build, content
 from typer.testing import CliRunner
 
-from solo import acquire, cli, copies, line, location, patience
+from solo import acquire, cli, copies, hub_files, line, location, patience, sources, web_files
 from solo.artifact import Job, combined_sha256, make
 from solo.location import Asked
 from solo.spec import SourceSpec
@@ -299,6 +301,24 @@ def test_what_the_hub_refuses_is_one_line(site, tmp_path, monkeypatch, case):
     with pytest.raises(ValueError, match=says) as error:
         acquire.run(job(source(how.get("revision", COMMIT), fields), tmp_path, tmp_path))
     assert "\n" not in str(error.value) and TOKEN not in str(error.value)
+
+
+@pytest.mark.parametrize("there", ["nobody", "a silent one"])
+@pytest.mark.parametrize("fields", [HUB, {"location": "http://archive.test/pics", "files": FILES}], ids=["hub", "web"])
+def test_a_probe_says_within_seconds_that_nobody_answers(tmp_path, monkeypatch, there, fields):
+    """A fetch asks again and again: nobody waits for it."""
+    monkeypatch.undo()  # of `_quick`: pauses as they are
+    for module in (hub_files, web_files):
+        monkeypatch.setattr(module, "ONCE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        server.close() if there == "nobody" else None
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        mapped = {"loopback_ports": {"archive.test": port}} if "http" in fields["location"] else {}
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"pics: .*; try again later") as error:
+            sources.check(source(f"sha256:{'0' * 64}" if mapped else COMMIT, fields | mapped), tmp_path, tmp_path)
+    assert time.monotonic() - began < 3 and "\n" not in str(error.value)
 
 
 def test_a_mirror_cannot_change_a_byte_of_a_commit(site, tmp_path):
