@@ -41,7 +41,7 @@ def refs_of(inputs: dict[str, Made]) -> dict[str, Ref]:
     return {node_id: Ref(**made["ref"]) for node_id, made in inputs.items()}
 
 
-def build(node: dict[str, Any], inputs: dict[str, Made], force: bool, **hooks: Callable[..., None]) -> Made | State:
+def build(node: dict[str, Any], inputs: dict[str, Made], force: bool, **hooks: Callable[..., Any]) -> Made | State:
     """Body of every part's task: make the artifact, or say in one line what the user can mend."""
     try:
         ref, ran = line.make_node(Node(**node), refs_of(inputs), Settings.from_env(), force=force, **hooks)

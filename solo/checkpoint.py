@@ -1,9 +1,10 @@
 """Checkpoints of a stage that is still running: folders that count only when complete.
 
 In: a folder that the ranks have just filled. Out: `ROOT/step-000010/` with `manifest.json` (the loader's state, world
-size, sha256 of every file and of itself) written last, then renamed into place. Invariants: a folder under its final
-name was complete when it got that name, and damage done to it later is found before it is used. Cost: one hash pass
-per resume; a save hashes only what its writers did not.
+size, sha256 of every file and of itself) written last, then renamed into place, and `ROOT/latest`, its name, replaced
+as a whole. Invariants: a folder under its final name was complete when it got that name, and damage done to it later is
+found before it is used; what `latest` names is there. Cost: one hash pass per resume; a save hashes only what its
+writers did not.
 No torch here: the supervisor reads this module before any rank starts.
 """
 
@@ -21,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solo.artifact import MANIFEST, canonical, file_sha256
+from solo.artifact import MANIFEST, canonical, file_sha256, write_atomic
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"step-(\d{6,})")
+LATEST = "latest"  # for people and their tools: a run itself looks at every folder, as it must find damage
 HASH_THREADS = 8  # hashlib frees the interpreter lock; one thread takes 60 s for the 87 GB of a 7B stage
 
 
@@ -115,6 +117,7 @@ def seal(
     shutil.rmtree(final, ignore_errors=True)  # only a damaged one can lie here, else it had been resumed from
     aside.rename(final)
     _flush(root)
+    write_atomic(root / LATEST, f"{final.name}\n".encode())
     folders = dict(_folders(root))
     for old in (keep or Keep()).outdated(list(folders)):
         shutil.rmtree(folders[old], ignore_errors=True)
@@ -130,10 +133,12 @@ def newest(root: Path) -> Checkpoint | None:
         fault = damage(folder)
         if fault is None:
             manifest = json.loads((folder / MANIFEST).read_bytes())
+            write_atomic(root / LATEST, f"{folder.name}\n".encode())  # a kill may have come before that
             return Checkpoint(folder, step, manifest["world_size"], manifest["loader"], manifest["facts"])
         log.warning("%s: %s; not used, the checkpoint before it is tried", folder, fault)
         aside = folder.with_name(folder.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
+        (root / LATEST).unlink(missing_ok=True)
         folder.rename(aside)
     return None
 

@@ -23,13 +23,13 @@ N_LINES = 8  # sources drawn one by one; the page's table has all
 NATS = "nats per loss token"
 
 
-def page(stage: str, rows: Sequence[Row]) -> str:
-    """A running stage: how it stands, and its charts so far."""
+def page(stage: str, rows: Sequence[Row], more: Sequence[str] = ()) -> str:
+    """A running stage: how it stands, its charts so far, and blocks of Markdown below them."""
     held = [row["held_out"] for row in rows if "held_out" in row]
     known = [f"{name} {loss:.3f}" for name, loss in _kinds(held[-1]).items() if loss is not None] if held else []
     says = [line(rows[-1]), *([f"Held-out loss, measured last: {', '.join(known)}."] if known else [])]
     chart = picture(picture_of({stage: rows}), f"loss, rates, speed and memory of {stage}")
-    return "\n\n".join([f"# Stage {escape(stage)}", *says, chart]) + "\n"
+    return "\n\n".join([f"# Stage {escape(stage)}", *says, chart, *more]) + "\n"
 
 
 def picture_of(metrics: Metrics) -> bytes:

@@ -89,7 +89,7 @@ def verdicts(filtered: Artifact, acquired: Artifact, *, n_each: int = N_EACH, n_
     if not shown:
         return "(no sample to show)"
     lines = [line for verdict, some in shown.items() for line in _lines(escape(verdict), some, n_each)]
-    return _grid(["verdict", *[""] * n_each], lines)
+    return grid(["verdict", *[""] * n_each], lines)
 
 
 def clusters(filtered: Artifact, acquired: Artifact) -> str:
@@ -109,7 +109,7 @@ def clusters(filtered: Artifact, acquired: Artifact) -> str:
         found.setdefault(winner, []).append((small, f"**{escape(reason)}** {said}" if reason else said))
     width = max(map(len, found.values()), default=0)
     lines = [line for winner, some in found.items() for line in _lines(f"{lost[winner]:,}", some, width)]
-    return _grid(["gone", "stays", *["went"] * (width - 1)], lines) if lines else ""
+    return grid(["gone", "stays", *["went"] * (width - 1)], lines) if lines else ""
 
 
 def answers(evaluated: Artifact, *, n_columns: int = 4) -> str:
@@ -118,7 +118,7 @@ def answers(evaluated: Artifact, *, n_columns: int = 4) -> str:
     cells = [f"{picture(r['thumbnail'], 'question') if r['thumbnail'] else ''} {_answer(r)}" for r in rows]
     cells += [""] * (-len(cells) % n_columns)
     lines = [cells[i : i + n_columns] for i in range(0, len(cells), n_columns)]
-    return _grid([""] * n_columns, lines) if rows else "(no question was answered)"
+    return grid([""] * n_columns, lines) if rows else "(no question was answered)"
 
 
 def _answer(row: dict[str, Any]) -> str:
@@ -146,7 +146,8 @@ def _lines(name: str, some: Sequence[Shown], width: int) -> Iterator[list[str]]:
     yield [name, *saids, *padding]
 
 
-def _grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of cells that are Markdown already."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

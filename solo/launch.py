@@ -73,7 +73,7 @@ def command(job_file: Path, ranks: int, place: Place | None = None) -> list[str]
     """What starts the ranks of one host: torchrun, alone or in a rendezvous with other hosts."""
     where = place.arguments() if place else ["--standalone", "--local-addr", "127.0.0.1"]
     start = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks)]
-    return [*start, "-m", "solo.trainer", str(job_file)]
+    return [*start, "-m", "solo.rank", str(job_file)]
 
 
 def run(job_file: Path, watch: Watch, *, ranks: int, device: Device, n_hosts: int, root: Path) -> int:
@@ -111,6 +111,8 @@ def _follow(child: Ranks, watch: Watch, gang: Gang, out: IO[bytes]) -> int:
 
     try:
         while look():
+            if watch.stop_asked():
+                raise Interrupted("asked to stop")
             time.sleep(POLL_S)
         grace_s = SETTLE_S  # a checkpoint needs the ranks of every host
         _wait(lambda: look() or child.poll() is None or not gang.over, SETTLE_S)

@@ -214,7 +214,7 @@ def make_node(
     settings: Settings,
     *,
     force: bool = False,
-    **hooks: Callable[..., None],
+    **hooks: Callable[..., Any],
 ) -> tuple[Ref, bool]:
     """Make or reuse one node's artifact; the flag is True when work was done. `hooks` go to the part's `run`."""
     job = Job(

@@ -103,8 +103,8 @@ class Pack:
 
     def loss_ranges(self) -> list[tuple[str, str, int, int]]:
         """(source, key, first, last): `SoloForCausalLM.pack_losses(pack)[first:last]` are that document's."""
-        n_before = np.cumsum(np.append(0, self.targets.numpy() != NO_TARGET)).tolist()
-        return [(source, key, n_before[a], n_before[b]) for source, key, a, b in self.segments]
+        n_before = np.cumsum(np.append(0, self.targets.numpy() != NO_TARGET))
+        return [(source, key, int(n_before[a]), int(n_before[b])) for source, key, a, b in self.segments]
 
 
 def read_piece(  # noqa: PLR0913, the last two only say where and how

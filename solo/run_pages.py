@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from solo import curves, gallery, realised, sick, trained
+from solo import curves, gallery, realised, sick, suspects, trained
 from solo.artifact import Artifact
 from solo.charts import grouped
 from solo.data_pages import Inputs, Row
@@ -106,7 +106,9 @@ def _sick(artifacts: Sequence[Artifact]) -> Iterator[str]:
     ]
     if found:
         yield "## Sick steps\n\n" + table(found)
-        yield f"The documents of each are in `{sick.FILE}` of the stage's artifact."
+        yield f"All documents of each are in `{sick.FILE}` of the stage's artifact."
+        for a in artifacts:
+            yield from suspects.blocks(a.path)
 
 
 def evaluate_rows(artifacts: Sequence[Artifact]) -> Iterator[Row]:

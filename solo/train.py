@@ -1,11 +1,11 @@
 """train: one stage on DeepSpeed, launched and watched as a process group of its own.
 
 In: a pack plan, the shards it names, the weights of the stage before. Out: `checkpoint/` (Hugging Face layout),
-`trained.parquet` (one row per pack), and, volatile, `metrics.jsonl`, `metrics.parquet` and `train.log`. Invariants:
-what was trained, with the documents left out as damaged, is the plan, pack by pack; a stage killed at any step and run
-again gives the bytes of an undisturbed run (same ranks, same kind of machine); no process outlives this one. No torch
-here: it costs two
-seconds, and the ranks load it anyway.
+`trained.parquet` (one row per pack), where steps were sick `sick.jsonl`, and, volatile, `metrics.jsonl`,
+`metrics.parquet`, `suspects.parquet` and `train.log`. Invariants: what was trained, with the documents left out as
+damaged, is the plan, pack by pack; a stage killed at any step and run again gives the bytes of an undisturbed run (same
+ranks, same kind of machine); no process outlives this one. No torch here: it costs two seconds, and the ranks load it
+anyway.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, devices, fp8, hosts, launch, memory, realised, sick, start, track, trained
+from solo import checkpoint, devices, fp8, hosts, launch, memory, realised, sick, start, suspects, track, trained
 from solo import metrics as metrics_table
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.hostfile import Hostfile
@@ -35,8 +36,8 @@ from solo.tokenizer import Tokenizer, check_model
 from solo.watch import Metrics, Watch
 
 # 2: trained.parquet names the documents left out; counts are of documents. 3: a saved processor says plain_eos
-# 4: trained.parquet says why a document was left out
-VERSION = 4  # 4: documents left out have a reason; a step that is sick is skipped or passed over
+# 4: trained.parquet says why a document was left out; a step that is sick is skipped or passed over
+VERSION = 5  # 5: sick.jsonl names the documents of the highest loss
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,17 @@ OWNERS = {
 }
 
 
-def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
-    """Train the stage to its end, from the newest complete checkpoint of an attempt before, if there is one."""
+def run(
+    job: Job,
+    on_metric: Callable[[Metrics], None] | None = None,
+    on_sick: Callable[[Metrics, Path], None] | None = None,
+    stop_asked: Callable[[], bool] = bool,
+) -> Result:
+    """Train the stage to its end, from the newest complete checkpoint of an attempt before, if there is one.
+
+    `on_metric` takes each step's metrics, `on_sick` each sick step (`solo.sick`) and the folder of its suspects;
+    once `stop_asked`, the ranks end with a checkpoint and this with `Interrupted`.
+    """
     stage = Stage.model_validate(job.spec["stage"])
     plan = pq.read_table(job.one("pack").path / "packs.parquet")
     if plan.num_rows < stage.batch_packs:
@@ -95,7 +105,8 @@ def run(job: Job, on_metric: Callable[[Metrics], None] | None = None) -> Result:
     if not (job.out / "checkpoint").is_dir():  # made last: where it is, only the manifest is missing
         task = _task(job, stage, device=device, ranks=ranks)
         with track.follow(job, on_metric) as tell:
-            watch = Watch(job, n_steps, tell, first_step=task["first_step"])
+            tell_sick = partial(_tell_sick, job, task, on_sick)
+            watch = Watch(job, n_steps, tell, first_step=task["first_step"], tell_sick=tell_sick, stop_asked=stop_asked)
             _train(job, task, watch, ranks=ranks, device=device)
     return _result(job, plan, n_steps=n_steps, ranks=ranks)
 
@@ -234,6 +245,14 @@ def _train(job: Job, task: dict[str, Any], watch: Watch, *, ranks: int, device: 
         raise RuntimeError(f"train/{job.name}: {why}; the whole story is in {watch.log}")
 
 
+def _tell_sick(job: Job, task: Mapping[str, Any], on_sick: Callable[[Metrics, Path], None] | None) -> None:
+    """Show the documents of the step that was sick last."""
+    events = sick.read(job.out)
+    suspects.write(job.out, events, Path(task["plan"]), task["shards"])
+    if on_sick:
+        on_sick(events[-1], job.out)
+
+
 def _left(job: Job) -> str:
     names = sorted(p.name for p in (job.work / "checkpoints").glob("step-*"))
     return f", checkpoint {names[-1]} is complete" if names else ", before the first checkpoint"
@@ -248,6 +267,7 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
     metrics = [json.loads(line) for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
     metrics_table.write(job.out, metrics)
     losses, events = [m["loss"] for m in metrics if m["loss"] is not None], sick.read(job.out)
+    suspects.write(job.out, events, job.one("pack").path, {name: shard.path for name, shard in job.of("shard").items()})
     facts = json.loads((job.out / "checkpoint" / "solo.json").read_bytes())
     stats: dict[str, Any] = {
         "n_packs": table.num_rows,
@@ -267,4 +287,4 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
         "sources": trained.by_source(table, metrics),
     } | trained.held_out(metrics)
     n_in, n_out = job.one("pack").manifest.counts["kept"], left_out["documents"]
-    return Result(n_in, n_in - n_out, trained.dropped(table), stats, volatile=("metrics.*", "train.log"))
+    return Result(n_in, n_in - n_out, trained.dropped(table), stats, volatile=("metrics.*", "train.log", suspects.FILE))

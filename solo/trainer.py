@@ -1,6 +1,6 @@
-"""Trainer: one rank of a stage, started by `solo.train` as `python -m solo.trainer JOBFILE` under torchrun.
+"""Trainer: what one rank of a stage does, from its first step to its weights.
 
-In: a job file (plan, shards, weights to start from, stage, DeepSpeed configuration). Out: one JSON line per optimizer
+In: a task (plan, shards, weights to start from, stage, DeepSpeed configuration). Out: one JSON line per optimizer
 step on stdout (rank 0), checkpoints in the work folder, at the end `trained.parquet` and `checkpoint/`. Invariants:
 optimizer step s trains packs [(s-1)B, sB) whatever the number of ranks; all ranks make the same collective calls, so
 also a pack without targets or images is run; the loader's state and the rows of packs are part of a checkpoint. Cost:
@@ -10,31 +10,24 @@ first pass and after all packs of the step are loaded, where a token average mus
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import math
 import os
 import resource
 import shutil
-import signal
 import sys
-import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.utils.logging import disable_progress_bar
 
 from solo import engine, fp8, groups, memory, sick, state, trained
 from solo.artifact import write_atomic
@@ -50,9 +43,7 @@ from solo.trained import ROW
 
 log = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
 LEAVE_S = 10.0  # for a checkpoint that is being written when this rank fails
-STOPPED = 128 + signal.SIGTERM  # exit code of a rank that was told to stop and did so in good order
 
 
 class Trainer:
@@ -81,6 +72,7 @@ class Trainer:
         self.step = 0
         self.health = sick.Health(self.stage)
         self.rows: list[dict[str, Any]] = []
+        self.losses: list[sick.Loss] = []  # of this rank's documents in the last step
         self.seconds: list[float] = []  # of the last steps
         self.planned: memory.Use | None = None
         self.stall_s, self.n_targets = 0.0, 0  # of the step: waiting for packs, supervised tokens over all ranks
@@ -173,12 +165,14 @@ class Trainer:
         """Record a sick step; True where training went back to the checkpoint before it."""
         stage, size = self.stage, self.stage.batch_packs
         packs = range((self.step - 1) * size, self.step * size)
-        event = self.health.record(verdict, self.step, sums, [row for i in packs for row in self.loader.rows(i)])
+        worst = sick.worst(self.losses, self._sum, rank=self.rank, n_ranks=self.n_ranks)
+        event = self.health.record(verdict, self.step, sums, {i: self.loader.rows(i) for i in packs}, worst)
         what = f"{stage.name}: step {self.step}, packs {packs[0]} to {packs[-1]}: "
         what += f"loss {sums['loss']:.4f} > {event['limit']:.4f}" if event["limit"] else "loss or gradient not finite"
         if self.rank == 0:
             self.health.write(self.out)
             log.warning("%s; %s, documents in %s", what, event["done"], self.out / sick.FILE)
+            emit({"event": "sick", "step": self.step, "kind": verdict})
         if event["done"] == "recorded":
             return False
         if verdict == "skipped":
@@ -234,8 +228,10 @@ class Trainer:
                     self.saver.release()  # the update comes next
                 step()
                 done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
-        rows = [trained.row(pack, losses.double().cpu().numpy(), self.step) for pack, losses in done]
+        found = [(pack, losses.double().cpu().numpy()) for pack, losses in done]
+        rows = [trained.row(pack, losses, self.step) for pack, losses in found]
         self.rows += rows
+        self.losses = [loss for pack, losses in found for loss in sick.losses(pack, losses)]
         waits = {"stall_s": self.stall_s, "save_s": self.saver.take_stall_s()}
         total = self._sum(self.tally.of(rows, [pack for pack, _ in done], self._scale, stop=self.stop, **waits))
         return self.tally.sums(total, self.n_ranks), bool(total[STOP])
@@ -337,56 +333,3 @@ def emit(row: dict[str, Any]) -> None:
     """One JSON line for the supervisor, in one write, so that lines of other ranks cannot cut it."""
     sys.stdout.flush()
     os.write(1, json.dumps(row).encode() + b"\n")
-
-
-def _die_with_parents() -> None:
-    """End this rank when its launcher or its supervisor is gone, also after SIGKILL: it would write beside a rerun."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the launcher
-    if os.environ.get("SOLO_SUPERVISED"):
-
-        def wait() -> None:
-            while os.read(0, 1):
-                pass
-            os._exit(1)
-
-        threading.Thread(target=wait, name="supervisor", daemon=True).start()
-
-
-def main(job_file: Path) -> int:
-    """Run one rank; its exit code."""
-    _die_with_parents()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
-    logging.getLogger("solo").setLevel(logging.INFO)
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    rank = int(os.environ["RANK"])
-    told: list[Trainer | None] = [None]
-
-    def stop(*_: object) -> None:
-        if told[0] is None:
-            os._exit(STOPPED)  # nothing is trained yet
-        told[0].stop = True
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        task = json.loads(job_file.read_bytes())
-        engine.connect(task["device"])
-        trainer = told[0] = Trainer(task)
-        if trainer.run():
-            dist.destroy_process_group()
-            return 0
-        if rank == 0:
-            emit({"event": "interrupted", "step": trainer.step})
-        return STOPPED
-    except Exception as error:  # whatever it is, the supervisor must learn this rank's reason
-        sys.stderr.write(f"rank {rank}:\n{traceback.format_exc()}")  # in one write, as others write too
-        emit({"event": "failed", "host": os.environ.get("SOLO_HOST"), "rank": rank, "error": engine.explained(error)})
-        return 1
-
-
-if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(code)  # no wait for loader threads that still read ahead

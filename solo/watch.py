@@ -26,11 +26,21 @@ GONE = "another rank is gone"
 class Watch:
     """Follows `train.log`: keeps `metrics.jsonl`, tells the metrics on, remembers why a rank failed."""
 
-    def __init__(self, job: Job, n_steps: int, tell: Callable[[Metrics], None] | None, *, first_step: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        n_steps: int,
+        tell: Callable[[Metrics], None] | None,
+        *,
+        first_step: int,
+        tell_sick: Callable[[], None] | None = None,
+        stop_asked: Callable[[], bool] = bool,
+    ) -> None:
+        """`tell` takes each step's metrics, `tell_sick` is called when `sick.jsonl` has one step more."""
         self.what = f"{job.part}/{job.name}"
         self.log = job.out / "train.log"
         self.metrics = job.out / "metrics.jsonl"
-        self.tell = tell
+        self.tell, self.tell_sick, self.stop_asked = tell, tell_sick, stop_asked
         self.progress = job.progress
         self.n_steps = n_steps
         self.failure: str | None = None
@@ -64,6 +74,8 @@ class Watch:
                 self._fail({"host": row["host"], "error": f"its ranks ended with code {row['code']}"})
             elif row.get("event") == "restarted":
                 self._keep(row["step"])
+            elif row.get("event") == "sick" and self.tell_sick and not quiet:
+                self.tell_sick()
             elif row.get("event") == "interrupted":
                 self.interrupted = True
             elif killed := re.match(rb"\s*exitcode\s*:\s*-(\d+)", line):

@@ -55,10 +55,11 @@ def fork_ranks(job: Job, n_ranks: int) -> list[int]:
             log = os.open(job.out / "train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            from solo import rank as process
             from solo import trainer
 
             trainer.torch.set_num_threads(1)
-            code = trainer.main(file)
+            code = process.main(file)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -171,7 +172,7 @@ def main() -> None:
     asked = options.parse_args()
     os.environ.update(launch.environment(asked.ranks, "cpu"))
     del os.environ["SOLO_SUPERVISED"]
-    import solo.trainer  # noqa: F401 - once, for all ranks to come
+    import solo.rank  # noqa: F401 - once, for all ranks to come
 
     with tempfile.TemporaryDirectory(prefix="solo-kill-") as folder:
         found = run(Path(folder), kills=asked.kills, ranks=asked.ranks, seed=asked.seed, kinds=tuple(asked.kinds))

@@ -23,6 +23,10 @@ def save(root: Path, step: int, keep: checkpoint.Keep | None = None) -> checkpoi
     return checkpoint.seal(aside, loader={"step": step, "seed": 3}, world_size=2, facts={"stage": "tiny"}, keep=keep)
 
 
+def latest(root: Path) -> str:
+    return (root / checkpoint.LATEST).read_text().strip()
+
+
 def manifest_of(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_bytes())
 
@@ -162,7 +166,7 @@ def test_the_manifest_holds_every_file_and_its_hash(tmp_path: Path) -> None:
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save(tmp_path, step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000020", "step-000030"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000020", "step-000030"]
     assert checkpoint.newest(tmp_path).step == 30
 
 
@@ -172,7 +176,7 @@ def test_which_stay_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     keep = checkpoint.Keep.from_env()
     for step in range(10, 80, 10):
         save(tmp_path, step, keep=keep)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000{step}" for step in (20, 40, 60, 70)]
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-0000{step}" for step in (20, 40, 60, 70)]
     for value in ("0", "-1", "two"):
         monkeypatch.setenv("SOLO_KEEP_LAST", value)
         with pytest.raises(ValueError, match=f"SOLO_KEEP_LAST is '{value}'; give a whole number"):
@@ -189,7 +193,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     harm(last.path)
     with caplog.at_level(logging.WARNING):
         assert checkpoint.newest(tmp_path).step == 10
-    assert f"{last.path}: " in caplog.text and said in caplog.text
+    assert f"{last.path}: " in caplog.text and said in caplog.text and latest(tmp_path) == "step-000010"
     caplog.clear()
     assert checkpoint.newest(tmp_path).step == 10 and not caplog.text  # set aside, so said once
     save(tmp_path, 20)  # trained again
@@ -220,4 +224,13 @@ def test_one_that_was_being_written_does_not_count(tmp_path: Path, caplog: pytes
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "nowhere") is None
     flip(save(tmp_path, 10).path / FILES[0], 0.5)
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path) is None and not (tmp_path / checkpoint.LATEST).exists()
+
+
+def test_latest_names_the_newest_also_after_a_kill_between_the_two(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    before = (tmp_path / checkpoint.LATEST).read_bytes()
+    save(tmp_path, 20)
+    assert (before.strip(), latest(tmp_path)) == (b"step-000010", "step-000020")
+    (tmp_path / checkpoint.LATEST).write_bytes(before)  # as such a kill leaves it
+    assert checkpoint.newest(tmp_path).step == 20 and latest(tmp_path) == "step-000020"

@@ -42,7 +42,7 @@ def test_a_full_disk_leaves_the_training_going_with_the_older_checkpoint(
             wait_for_writers()
             limit = LARGEST if 3 <= row["step"] < 6 else soft
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            seen[row["step"]] = sorted(p.name for p in (job.work / "checkpoints").glob("*"))
+            seen[row["step"]] = sorted(p.name for p in (job.work / "checkpoints").glob("*step-*"))
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -81,7 +81,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert seen[3] == seen[4] == [".step-000002.tmp"]
     stalls = [row["checkpoint_stall_s"] for row in rows]
     assert stalls[4] > 0.2 > max(stalls[:4])  # the line after step 4 tells of the wait before it
-    assert sorted(p.name for p in (job.work / "checkpoints").glob("*")) == ["step-000002", "step-000004"]
+    assert sorted(p.name for p in (job.work / "checkpoints").glob("*step-*")) == ["step-000002", "step-000004"]
 
 
 def test_a_host_without_room_for_a_copy_writes_the_same(

@@ -163,10 +163,11 @@ def test_cancel_stops_the_trainers_with_a_checkpoint_and_a_rerun_goes_on(
     second: Second, gpu_pool: dict[str, str]
 ) -> None:
     stage = second.base / "root" / "train" / "toy-stage"
-    last = 0
-    # On the GPU pool the stage is a deployment's run, started by the recipe's run; else a run inside it.
-    for elsewhere in (gpu_pool, {}):
-        run_id, n = second.start(**elsewhere), last + 5
+    last = n_cancels = 0
+    # On the GPU pool the stage is a deployment's run, started by the recipe's run; else a run inside it, without a
+    # process of its own, which can be cancelled alone too.
+    for elsewhere, alone in ((gpu_pool, False), ({}, False), ({}, True)):
+        run_id, n, n_cancels = second.start(**elsewhere), last + 5, n_cancels + 1
 
         def trained(n: int = n) -> bool:
             return sum(len(path.read_bytes().splitlines()) for path in stage.glob("*/metrics.jsonl")) >= n
@@ -174,21 +175,20 @@ def test_cancel_stops_the_trainers_with_a_checkpoint_and_a_rerun_goes_on(
         assert wait_for(trained, within_s=150), (second.home / "worker.log").read_text()[-3000:]
         if elsewhere:
             assert second.api("v2/concurrency_limits/gpu")["active_slots"] == 1
-        second.cancel(run_id)
+        stage_id, _ = (r["id"] for r in second.api("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 2}))
+        second.cancel(stage_id if alone else run_id)
         assert wait_for(lambda: not processes_of(second.base), within_s=30), processes_of(second.base)
         state = second.ended(run_id, within_s=30)
-        assert state["type"] == "CANCELLED", state
-        own = second.api("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 2})
-        assert [(r["state_type"], r["deployment_id"] is not None) for r in own if r["name"].startswith("train-")] == [
-            ("CANCELLED", bool(elsewhere))
-        ]
-        assert [r["state_type"] for r in own] == ["CANCELLED"] * 2  # the recipe's run and the stage's
+        assert state["type"] == ("FAILED" if alone else "CANCELLED"), state
+        assert not alone or "train/toy-stage: stopped on request, checkpoint step-" in state["message"]
+        own = second.api(f"flow_runs/{stage_id}")
+        assert (own["state_type"], own["deployment_id"] is not None) == ("CANCELLED", bool(elsewhere))
         work = next(stage.glob("*/.work"))
         found = checkpoint.newest(work / "checkpoints")
         assert found is not None and found.step >= n
         assert not (work.parent / "manifest.json").exists()
         said = (work.parent / "train.log").read_text()
-        assert said.count('"event": "interrupted"') == (1 if elsewhere else 2)
+        assert said.count('"event": "interrupted"') == n_cancels
         last = found.step
     assert second.api("v2/concurrency_limits/gpu")["active_slots"] == 0
 
@@ -204,6 +204,42 @@ def test_cancel_stops_the_trainers_with_a_checkpoint_and_a_rerun_goes_on(
     assert second.ended(again, within_s=90)["type"] == "COMPLETED"
     ran = second.api("task_runs/filter", {"task_runs": {"flow_run_id": {"any_": [again]}}})
     assert {r["name"]: r["state"]["name"] for r in ran}["train/toy-stage"] == "Cached"
+
+
+SPIKES = """
+import json, sys, time
+from pathlib import Path
+from prefect import flow
+from flows.train import Live
+
+@flow(name="train")
+def stage(event):
+    live = Live("tiny")
+    for step in (11, 12, 13):
+        live.tell_sick(event | {"step": step}, Path(sys.argv[2]))
+    time.sleep(60)
+
+stage(json.loads(sys.argv[1]))
+"""
+
+
+def test_three_spikes_in_an_hour_are_events_that_cancel_the_stage(second: Second, tmp_path: Path) -> None:
+    second.prefect("automation", "create", "--from-file", "infra/automations.yaml")
+    event = {"kind": "spike", "done": "recorded", "loss": 9.0, "limit": 3.0, "packs": [44, 47], "sources": ["caption"]}
+    event |= {"loss_by_source": {"caption": 9.0}, "worst": [{"key": "caption-1", "loss": 12.5}], "documents": [{}] * 5}
+    command = [sys.executable, "-c", SPIKES, json.dumps(event), str(tmp_path)]
+    with subprocess.Popen(command, cwd=CHECKOUT, env=second.env, stderr=subprocess.DEVNULL) as process:
+        asked = {"flows": {"name": {"any_": ["train"]}}, "flow_runs": {"state": {"type": {"any_": ["CANCELLING"]}}}}
+        found = wait_for(lambda: second.api("flow_runs/filter", asked), within_s=40)
+        process.kill()
+    assert found and "Automation" in second.api("flow_runs/filter", asked)[0]["state"]["message"]
+    prefix = {"filter": {"event": {"prefix": ["solo.train."]}}}
+    assert wait_for(lambda: second.api("events/filter", prefix)["total"] == 3, within_s=40)  # kept a batch at a time
+    seen = second.api("events/filter", prefix)["events"]
+    assert {e["event"] for e in seen} == {"solo.train.loss_spike"}
+    assert {e["resource"]["prefect.resource.id"] for e in seen} == {"solo.stage.tiny"}
+    assert sorted(e["payload"]["step"] for e in seen) == [11, 12, 13]
+    assert seen[0]["payload"]["n_documents"] == 5 and seen[0]["payload"]["worst"] == event["worst"]
 
 
 def test_a_failed_run_is_retried_once_its_cause_is_mended(second: Second) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tiny_stage import MODEL, STAGE, TOKENS, make_job, make_plan, one_rank
 
-from solo import run_pages, sick, train
+from solo import run_pages, sick, suspects, train
 from solo.artifact import Artifact, Job, file_sha256
 from solo.spec import ModelSpec, Stage
 
@@ -97,6 +98,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(
     (event,) = sick.read(job.out)
     assert (event["step"], event["kind"], event["packs"]) == (ODD_STEP, "skipped", [44, 45, 46, 47])
     assert odd_keys(inputs) <= {d["key"] for d in event["documents"]} and event["sources"] == ["caption", "prose"]
+    assert event["worst"][0]["loss"] is None and event["worst"][0]["key"] in odd_keys(inputs)
     done = train.run(job)
     assert done.stats["sick"] == {"skipped": 1, "recorded": 0, "quarantined": 0} and done.dropped == {"damaged": 0}
 
@@ -128,9 +130,49 @@ def test_a_spike_is_passed_over_and_trains_as_if_it_had_not_been(
     assert done.n_kept == done.n_in - n_out
     page = "".join(run_pages.train_page([Artifact(job.out, _manifest(job, done))], {}))
     assert "Sick steps" in page and "| 12" in page and "quarantined" in page
+    check_suspects(inputs, job, page)
 
     with pytest.raises(ValueError, match=r"step 12, packs 44 to 47: loss \d\.\d+ > \d\.\d+, max_quarantined is 0"):
         alone(make_job(tmp_path / "none", inputs, **FLAT, **SPIKES, on_spike="quarantine", max_quarantined=0))
+
+
+def check_suspects(inputs: dict[str, Artifact], job: Job, page: str) -> None:
+    """The documents of the highest loss, which are the odd texts, are shown with words or picture."""
+    (event,) = sick.read(job.out)
+    rows = pq.read_table(job.out / suspects.FILE).to_pylist()
+    losses = [row["loss"] for row in rows]
+    assert len(rows) == sick.N_WORST and losses == sorted(losses, reverse=True)
+    assert {row["key"] for row in rows[:2]} == odd_keys(inputs)
+    assert [(row["key"], row["begin"]) for row in rows] == [(d["key"], d["begin"]) for d in event["worst"]]
+    assert all((row["thumbnail"] is not None) is (row["source"] == "caption") for row in rows)
+    assert all(row["text"] in page and row["error"] is None for row in rows) and "data:image/jpeg" in page
+
+    shards = {name: inputs[f"shard/{name}"].path for name in ("caption", "prose")}
+    gone = shards | {"caption": job.out / "gone"}
+    suspects.write(job.out, [event], inputs["pack/tiny"].path, gone)
+    again = pq.read_table(job.out / suspects.FILE).to_pylist()
+    assert all(("FileNotFoundError" in (row["error"] or "")) is (row["source"] == "caption") for row in again)
+    suspects.write(job.out, [], inputs["pack/tiny"].path, shards)
+    assert not (job.out / suspects.FILE).exists() and not list(suspects.blocks(job.out))
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+def test_every_rank_finds_the_highest_losses_of_all(n_ranks: int) -> None:
+    rng = np.random.default_rng(n_ranks)
+    every = [sick.Loss(i // 5, i % 5, float(loss)) for i, loss in enumerate(rng.normal(3, 1, 40))]
+    every[7] = replace(every[7], mean=math.inf)
+    every[21] = replace(every[21], mean=math.nan)
+    tables: list[np.ndarray] = []
+
+    def add(own: np.ndarray) -> list[float]:
+        tables.append(own)
+        return sum(tables).tolist()
+
+    for rank in range(n_ranks):  # the last one's sum is that of all
+        found = sick.worst(every[rank::n_ranks], add, rank=rank, n_ranks=n_ranks)
+    assert [(loss.pack, loss.slot) for loss in found[:2]] == [(1, 2), (4, 1)]
+    finite = [loss.mean for loss in every if math.isfinite(loss.mean)]
+    assert [loss.mean for loss in found[2:]] == sorted(finite, reverse=True)[: sick.N_WORST - 2]
 
 
 def _manifest(job: Job, done):
