@@ -14,9 +14,16 @@ TAIL_BYTES = 1024
 POINTER = re.compile(rb"version https://git-lfs\S+\n(?:.*\n)*?size (\d+)\n")
 PAGE = re.compile(rb"\s*(?:<!doctype html|<html|<\?xml|<head|<error)", re.IGNORECASE)
 PAGES = (".html", ".htm", ".xml", ".svg")
-NEVER_EMPTY = (".tar", ".zip", ".parquet", ".gz", ".zst", ".bz2", ".json")
+NEVER_EMPTY = (".tar", ".zip", ".parquet", ".gz", ".tgz", ".zst", ".bz2", ".json")
 ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes([i]) + b"\x2a\x4d\x18" for i in range(0x50, 0x60)))  # a frame, or one to skip
-BEGINS = {".parquet": (b"PAR1",), ".zip": (b"PK",), ".gz": (b"\x1f\x8b",), ".zst": ZSTD, ".bz2": (b"BZh",)}
+BEGINS = {
+    ".parquet": (b"PAR1",),
+    ".zip": (b"PK",),
+    ".gz": (b"\x1f\x8b",),
+    ".tgz": (b"\x1f\x8b",),
+    ".zst": ZSTD,
+    ".bz2": (b"BZh",),
+}
 TEXT_BEGINS = {".json": (b"[", b"{")}
 ENDS = {".parquet": b"PAR1"}
 END_OF_ZIP = b"PK\x05\x06"

@@ -30,7 +30,7 @@ PROBED = 50
 LOOKED_AT = 200_000  # records of another part of a mixture, before one of this source; or files
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 OF = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
-WHOLE = {".tar", ".zip", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", ".zst", ".bz2", ".lz4"}
+WHOLE = {".tar", ".zip", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", ".tgz", ".zst", ".bz2", ".lz4"}
 HEADING = ("source", "licence", "revision", "size", "expected", "acquired", "kept", "tokens expected", "tokens")
 
 

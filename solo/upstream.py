@@ -1,9 +1,9 @@
-"""What adapters read: JSON records by line or in one array, and the records of webdataset tars.
+"""What adapters read: JSON records by line or in one array, and the files that hold them.
 
 In: files as upstream published them. Out: records with an identity. Invariants: a damaged record or member, and one
 that would fill the memory, is a Rejected with a status, never a crash; a missing file is a ValueError that names what
-its folder has; archives are read in place, so no name in them is ever a path. Cost: one pass; memory holds one line,
-one item of an array (and a megabyte around it) or one record of a tar.
+its folder has; a zip is read in place, so no name in it is ever a path. Cost: one pass; memory holds one line or one
+item of an array (and a megabyte around it).
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import hashlib
 import io
 import json
 import re
-import tarfile
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from solo.mistaken import dangling, mistaken
-from solo.sample import BLOCK_BYTES, IMAGE, Message, Rejected, Sample, make_key, text
+from solo.sample import IMAGE, Message, Rejected, Sample, make_key, text
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 CHUNK_BYTES = 1 << 20
 ITEM_BYTES = 64 << 20  # a longer line is a bomb; an array's longer item is damage: what follows cannot be told from it
 MEMBER_BYTES = 256 << 20  # a larger member of an archive is a bomb or a mistake
@@ -207,67 +205,6 @@ def _end_of_item(decoder: json.JSONDecoder, buffer: str, at: int) -> int | None:
         return decoder.raw_decode(buffer, at)[1]
     except (ValueError, RecursionError):
         return None
-
-
-def tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Members of an uncompressed tar in order; TarError where it is damaged, which tarfile itself takes for its end."""
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            yield tar, member
-            tar.members = []  # type: ignore[attr-defined]  # a million TarInfos are a gigabyte
-        with path.open("rb") as file:
-            file.seek(tar.offset)
-            if any(file.read(BLOCK_BYTES)):
-                raise tarfile.ReadError("damaged header")
-
-
-def tar_records(path: Path, suffixes: Collection[str]) -> Iterator[tuple[str, dict[str, bytes] | Rejected]]:
-    """Records of a webdataset tar: (stem, suffix -> bytes of the members wanted); what follows damage is one Rejected.
-
-    A record is a run of members with one stem, up to the first dot of the name; its suffix is what follows the last.
-    Of members with one name the last counts, as where they are unpacked. Links, devices and names that begin with a
-    dot are no members, as in webdataset.
-    """
-    stem, members = "", dict[str, bytes]()
-    refused: Rejected | None = None
-    damage = None
-    try:
-        for tar, member in tar_members(path):
-            if member.isdir():
-                continue
-            name, suffix, data = _stem(member), member.name.rpartition(".")[2].lower(), None
-            wanted = member.isreg() and suffix in suffixes
-            if wanted and not is_bomb(member):
-                file = tar.extractfile(member)
-                assert file is not None
-                data = file.read()
-            if name != stem and stem:
-                yield stem, refused or members
-            if name != stem:
-                stem, members, refused = name, {}, None
-            if data is not None:
-                members[suffix] = data
-            elif wanted:
-                refused = Rejected(
-                    f"{path.name}/{name}", "bad_record", f"its {suffix} is sparse or of {member.size} bytes"
-                )
-    except (tarfile.TarError, OSError):
-        place = f"{path.name} after {stem or 'its beginning'}"
-        damage = Rejected(place, "bad_record", "the tar is damaged from here on")
-    if stem:
-        yield stem, refused or members
-    if damage:
-        yield stem, damage
-
-
-def is_bomb(member: tarfile.TarInfo) -> bool:
-    """Whether a member is too large, or says that it is mostly holes: a kilobyte then reads as a terabyte of zeros."""
-    return member.issparse() or member.size > MEMBER_BYTES
-
-
-def _stem(member: tarfile.TarInfo) -> str:
-    folder, _, name = printable(member.name.removeprefix("./")).rpartition("/")
-    return f"{folder}/{name.split('.')[0]}" if folder else name.split(".")[0]
 
 
 def by_content(

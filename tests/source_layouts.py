@@ -29,7 +29,7 @@ def parquet(path: Path, rows: Sequence[Mapping[str, object]], schema: pa.Schema 
 
 def tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as out:
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w", format=tarfile.USTAR_FORMAT) as out:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -207,5 +207,5 @@ def bundle(folder: Path) -> None:
     ]
     folder.mkdir(parents=True)
     (folder / "all_data.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records))
-    tar(folder / "images/chunk_1.tar", [("909538.jpg", picture(2, "JPEG")), ("1002217.jpg", picture(1, "JPEG"))])
-    tar(folder / "images/chunk_10.tar", [("138683.jpg", picture(3, "JPEG"))])
+    tar(folder / "images/chunk_1.tar.gz", [("909538.jpg", picture(2, "JPEG")), ("1002217.jpg", picture(1, "JPEG"))])
+    tar(folder / "images/chunk_10.tar.gz", [("138683.jpg", picture(3, "JPEG"))])

@@ -92,6 +92,8 @@ DAMAGES = [
     ("detailed-captions", "densecap.json", renamed("value", "text"), r"record 0: conversations\[0\]\.value is absent"),
     ("gqa", "*.json", renamed("image", "picture"), r"mix665k\.json\[0\]: its image is not below gqa/, and so"),
     ("vlm-sft", "all_data.jsonl", half, r"all_data\.jsonl: cut short at .* it ends in"),
+    ("vlm-sft", "chunk_10.tar.gz", half, r"chunk_10\.tar\.gz: cut short after [\d,]+ bytes, .*; fetch it again"),
+    ("vlm-sft", "chunk_10.tar.gz", holds(b"Not Found"), r"chunk_10\.tar\.gz: no gz file, it begins with 'Not Found'"),
     ("vlm-sft", "all_data.jsonl", holds(b""), r"no record is there; fetch all_data"),
     (
         "llavar",

@@ -127,13 +127,6 @@ def test_pictures_are_found_by_prefix_and_by_last_part(tmp_path: Path) -> None:
     assert [flat.read(n, "i") for n in ("any/where/2.jpg", "3.jpg")] == [b"two", b"three"]
 
 
-def test_a_gzipped_tar_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    write.tar(tmp_path / "a.tar", [("1.jpg", b"one")])
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
-    with pytest.raises(ValueError, match=r"a\.tar\.gz: .*gunzip it first"):
-        Pictures(tmp_path, "a.tar.gz")
-
-
 def test_follow_ups_go_on_about_their_image_only(tmp_path: Path) -> None:
     write.zipped(tmp_path / "images.zip", {"1.jpg": write.picture(1), "2.jpg": write.picture(2)})
     first = [{"image": f"{i}.jpg", "conversations": write.talk("<image>\nDescribe.", f"A {i}.")} for i in (1, 2)]

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from solo.sample import IMAGE, Message, Rejected, Sample, make_key, text
-from solo.upstream import IMAGE_SUFFIXES, existing, matching, tar_records
+from solo.tars import IMAGE_SUFFIXES, tar_records
+from solo.upstream import existing, matching
 
 
 def read(
