@@ -20,7 +20,7 @@ os.environ.setdefault("WDS_SECURE", "1")  # webdataset would unpickle members el
 
 
 # The files that take longest begin first, so that two processes end together.
-LONGEST = ("test_server", "test_recipe", "test_train", "test_cli")
+LONGEST = ("test_server", "test_recipe", "test_train", "test_train_ends", "test_cli")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,6 +98,51 @@ def driver(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     assert started.process.stdin
     started.process.stdin.close()
     started.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A plan of the tiny stage, of as many steps as the file says."""
+    from tiny_stage import make_plan
+
+    return make_plan(tmp_path_factory.mktemp("plan"), request.module.N_STEPS)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Any]:
+    """What trains a job in this process and gives its metrics."""
+    from tiny_stage import one_rank
+
+    with one_rank() as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder of pictures that is published, its pin, and the artifact of a local copy, for all files about copies."""
+    from published_pictures import made_locally
+
+    return made_locally(tmp_path_factory.mktemp("local") / "specs")
+
+
+@pytest.fixture
+def site(published: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Where that folder is published."""
+    from published_pictures import served
+
+    with served(published[0]) as made:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{made.port}")
+        yield made
+
+
+@pytest.fixture
+def quick_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses before a fetch is tried again, and none of the user's mirrors and proxies."""
+    from solo import patience
+
+    monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "AWS_ENDPOINT_URL", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -2,19 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_stage import make_job, make_plan, one_rank
+from tiny_stage import make_job, make_plan
 
 from solo import launch, train
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[..., list[dict]]]:
-    with one_rank() as run:
-        yield run
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

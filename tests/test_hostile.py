@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hostile import Canary, Drip, Endless, Server, answer, chunk, encoded, png, zipped
-from hostile_cases import GOOD, HASHES, HOSTS, MAX_BYTES, MAX_PIXELS, OK, build
+from hostile_answers import HASHES, OK
+from hostile_cases import GOOD, MAX_BYTES, MAX_PIXELS, build
+from hostile_hosts import HOSTS
 
 from solo import acquire, download
 from solo.artifact import Job, make

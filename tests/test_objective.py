@@ -4,14 +4,14 @@ import importlib.util
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_stage import MODEL, RECIPE, STAGE, TOKENS, make_job, make_plan, one_rank
+from tiny_stage import MODEL, RECIPE, STAGE, TOKENS, make_job
 
 from solo import fp8, memory, start, train, trained
 from solo.artifact import Artifact, Job, file_sha256
@@ -19,17 +19,6 @@ from solo.spec import ModelSpec, RecipeSpec, Stage
 
 N_STEPS = 6
 ALL = ("projection", "embeddings", "backbone")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    return make_plan(tmp_path_factory.mktemp("plan"), N_STEPS)
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[..., list[dict]]]:
-    with one_rank() as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

@@ -8,22 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_stage import make_job, make_plan, one_rank
+from tiny_stage import make_job, make_plan
 
 from solo import checkpoint
 from solo.artifact import Job, file_sha256
 
 LARGEST = 300_000  # bytes of a file that can still be written while the disk is "full"; the optimizer's has 25 MB
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[..., list[dict]]]:
-    with one_rank() as run:
-        yield run
 
 
 def test_a_full_disk_leaves_the_training_going_with_the_older_checkpoint(

@@ -1,7 +1,7 @@
 """state: any number of ranks at any ZeRO stage goes on from what others wrote, with the same numbers."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,7 +9,7 @@ import pytest
 from ranks import task_of, train_on
 from safetensors import safe_open
 from test_sick import FLAT, ODD_STEP, SPIKES
-from tiny_stage import make_job, make_plan, one_rank
+from tiny_stage import make_job, make_plan
 
 from solo import checkpoint, sick, train, trained
 from solo.artifact import Artifact, Job, file_sha256
@@ -22,17 +22,6 @@ HERE = {"bf16": {"precision": "bf16"}, "fp32": {}}
 
 def zero(stage: int, **keys: object) -> dict:
     return {"zero_optimization": {"stage": stage} | keys}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    return make_plan(tmp_path_factory.mktemp("plan"), N_STEPS)
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[..., list[dict]]]:
-    with one_rank() as run:
-        yield run
 
 
 @pytest.fixture(scope="module")

@@ -1,145 +1,36 @@
-"""train: schedule, a whole stage on two ranks, kills, stops, refusals; on a plan of a few tiny packs."""
+"""train: schedule, a whole stage on two ranks, kills, stops, other plans; on a plan of a few tiny packs."""
 
 import json
 import math
 import os
-import pickle
 import random
-import re
-import shlex
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
-from tiny_stage import EVERY, MODEL, STAGE, TOKENS, made, make_job, make_plan
+from stage_runs import (
+    children_of,
+    compare_with_plain_loop,
+    metrics,
+    outcome,
+    start,
+    start_in_slurm,
+    two_hosts,
+    wait_for_save,
+    wait_for_step,
+    wait_until_gone,
+)
+from tiny_stage import EVERY, STAGE, TOKENS, make_job
 
 from solo import artifact, checkpoint, train
-from solo.artifact import Artifact, Job, LedgerError, file_sha256
-from solo.spec import ModelSpec, Stage
+from solo.artifact import Artifact, Job, LedgerError
+from solo.spec import Stage
 
 N_STEPS = 48
-RUN = """
-import pickle, sys
-from solo import artifact, train
-artifact.make(pickle.load(open(sys.argv[1], "rb")), train.run)
-"""
-
-
-def outcome(job: Job) -> tuple[str, str, str]:
-    names = ("checkpoint/model.safetensors", "checkpoint/config.json", "trained.parquet")
-    return tuple(file_sha256(job.out / name) for name in names)
-
-
-def metrics(job: Job) -> list[dict]:
-    path = job.out / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def children_of(job: Job) -> list[psutil.Process]:
-    """Launchers and ranks of this job, whoever is their parent now."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        ours = str(job.work) in " ".join(process.info["cmdline"] or [])
-        if ours and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
-
-
-def start(job: Job, folder: Path) -> subprocess.Popen:
-    pickled = folder / "job.pickle"
-    pickled.write_bytes(pickle.dumps(job))
-    log = (folder / "run.log").open("ab")
-    return subprocess.Popen([sys.executable, "-c", RUN, str(pickled)], stderr=log, start_new_session=True)
-
-
-# What stands in for Slurm: a node for each process, all of them this one; what is asked of the queue, in a file.
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do echo "$1" >> {folder}/srun; shift; done
-exec "$@"
-"""
-SOLO = """#!/bin/bash
-[ "$1" != down ] || exit 0
-[ "$1" = join ] && exec {python} -m solo.cli "$@"
-[ "$*" = "run tiny" ] && exec {python} -c {code} {folder}/job.pickle
-"""
-
-
-def start_in_slurm(job: Job, folder: Path) -> subprocess.Popen:
-    """The batch script on two nodes of one rank each, the recipe being the job."""
-    (folder / "bin").mkdir()
-    (folder / "job.pickle").write_bytes(pickle.dumps(job))
-    queue = f'#!/bin/bash\necho "$@" > {folder}/queue\n'
-    given = {"folder": folder, "python": sys.executable, "code": shlex.quote(RUN)}
-    for name, text in {"srun": SRUN.format(**given), "scontrol": queue, "solo": SOLO.format(**given)}.items():
-        (folder / "bin" / name).write_text(text)
-        (folder / "bin" / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(folder)}
-    own = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(train.REPOSITORY), "SOLO_RANKS": "1"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        own["SOLO_HEAD"] = f"127.0.0.1:{probe.getsockname()[1]}"
-    log = (folder / "run.log").open("ab")
-    script = ["bash", str(train.REPOSITORY / "infra/slurm/recipe.sbatch"), "tiny"]
-    return subprocess.Popen(script, env=os.environ | slurm | own, stdout=log, stderr=log, start_new_session=True)
-
-
-def wait_for_step(job: Job, process: subprocess.Popen, step: int) -> None:
-    deadline = time.monotonic() + 150
-    while not [m for m in metrics(job) if m["step"] >= step]:
-        assert process.poll() is None and time.monotonic() < deadline, (job.out / "train.log").read_text()[-2000:]
-        time.sleep(0.02)
-
-
-def wait_for_save(job: Job, process: subprocess.Popen) -> None:
-    """Until a checkpoint has been begun and is not complete."""
-    while not list((job.work / "checkpoints").glob(".step-*.tmp")):
-        assert process.poll() is None
-        time.sleep(0.001)
-
-
-def wait_until_gone(job: Job) -> None:
-    deadline = time.monotonic() + 10
-    while children_of(job):
-        assert time.monotonic() < deadline, children_of(job)
-        time.sleep(0.05)
-
-
-@contextmanager
-def two_hosts(folder: Path) -> Iterator[subprocess.Popen]:
-    """Settings of a stage on two hosts, each one address of the loopback and half of the cores; the other's `join`."""
-    cores = sorted(os.sched_getaffinity(0))
-    own, others = cores[: max(1, len(cores) // 2)], cores[len(cores) // 2 :]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        head = f"127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"SOLO_RANKS": "1", "SOLO_HOSTS": "2", "SOLO_HEAD": head}.items():
-            patch.setenv(name, value)
-        command = [sys.executable, "-m", "solo.cli", "join", head, "--address", "127.0.0.2"]
-        os.sched_setaffinity(0, others)
-        joined = subprocess.Popen(command, stderr=(folder / "join.log").open("ab"))
-        os.sched_setaffinity(0, own)
-        try:
-            yield joined
-        finally:
-            os.sched_setaffinity(0, cores)
-            joined.terminate()
-            joined.wait(30)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    return make_plan(tmp_path_factory.mktemp("plan"), N_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -222,36 +113,6 @@ def test_the_checkpoint_can_be_talked_to(undisturbed: tuple[Job, Artifact, list]
     assert model.generate(**given, max_new_tokens=3).shape[1] > given["input_ids"].shape[1]
 
 
-def compare_with_plain_loop(job: Job, n_compared: int) -> None:
-    """The stage's first steps in twenty lines of torch: same losses, same gradient norms."""
-    import torch
-
-    torch.set_num_threads(1)
-    from solo.engine import learning_rate
-    from solo.engine import optimizer as make_optimizer
-    from solo.loader import PackLoader
-    from solo.model import SoloForCausalLM
-
-    stage = Stage.model_validate(job.spec["stage"])
-    shards = {name: a.path for name, a in job.of("shard").items()}
-    packs = PackLoader(job.one("pack").path, shards, TOKENS, stage.pack_tokens, max_damaged=stage.max_damaged)
-    model = SoloForCausalLM.from_spec(ModelSpec.model_validate(MODEL), TOKENS, 3).train()
-    optimizer = make_optimizer(model, stage)
-    rows = metrics(job)
-    for step, row in enumerate(rows[:n_compared], 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stage, len(rows))
-        losses = [model.pack_losses(packs.load(i)) for i in range(4 * step - 4, 4 * step)]
-        means = [x.mean() for x in losses if len(x)]
-        loss = sum(means) / 4 if stage.loss_average == "pack" else torch.cat(losses).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip_norm)
-        optimizer.step()
-        assert row["loss"] == pytest.approx(loss.item(), rel=1e-3)
-        assert row["grad_norm"] == pytest.approx(float(norm), rel=2e-2)
-
-
 def test_two_ranks_on_deepspeed_equal_a_plain_loop(undisturbed: tuple[Job, Artifact, list]) -> None:
     compare_with_plain_loop(undisturbed[0], 12)
 
@@ -321,33 +182,6 @@ def test_stopped_damaged_killed_and_run_again_gives_the_same_bytes(
     assert not children_of(job)
 
 
-def test_a_host_that_is_gone_ends_the_stage_with_its_name(
-    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hosts are those of a hostfile; what stands in for ssh runs the command here, and says under which number."""
-    ssh, listed, pid = tmp_path / "ssh", tmp_path / "hostfile", tmp_path / "pid"
-    ssh.write_text(f'#!/bin/bash\n[ "$1" = b ] && echo $$ > {pid} && exec bash -c "$2"\n')
-    ssh.chmod(0o755)
-    listed.write_text("# two hosts\na slots=1\n\nb slots=1\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        head = f"127.0.0.1:{probe.getsockname()[1]}"
-    for name, value in {"SOLO_HOSTFILE": str(listed), "SOLO_SSH": str(ssh), "SOLO_HEAD": head}.items():
-        monkeypatch.setenv(name, value)
-    job = make_job(tmp_path / "root", inputs)
-    process = start(job, tmp_path)
-    wait_for_step(job, process, EVERY + 1)
-    began = time.monotonic()
-    os.kill(int(pid.read_text()), signal.SIGKILL)
-    process.wait(20)
-    assert process.returncode == 1 and time.monotonic() - began < 20
-    name = re.escape(f"host {socket.gethostname()} (127.0.0.1)")
-    says = rf"RuntimeError: train/tiny: {name}: gone, the connection to it ended .*train\.log"
-    assert re.search(says, (tmp_path / "run.log").read_text())
-    wait_until_gone(job)
-    assert checkpoint.newest(job.work / "checkpoints").step % EVERY == 0  # where it goes on
-
-
 def refuses_other_plans(job: Job, folder: Path) -> None:
     """A stage with checkpoints does not go on with the same packs under another seed, batch size or mix lock."""
     for name, (change, says) in {
@@ -364,48 +198,6 @@ def refuses_other_plans(job: Job, folder: Path) -> None:
             train.run(other)
 
 
-def test_a_gpu_without_a_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train.check_compiler()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"no C compiler, none of \['gcc', 'clang'\]; .*install gcc"):
-        train.check_compiler()
-
-
-def test_a_failing_rank_names_its_error_and_the_log(
-    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SOLO_RANKS", "1")
-    broken = tmp_path / "broken"
-    (broken / "shards").mkdir(parents=True)
-    (broken / "shards" / "00000.tar").write_bytes(b"no tar")
-    job = make_job(tmp_path / "root", inputs | {"shard/prose": made(broken, "shard/prose")})
-    says = r"rank 0: DamagedSampleError: prose-\w+: no sample at 00000.tar.*train\.log"
-    with pytest.raises(RuntimeError, match=says):
-        artifact.make(job, train.run)
-    assert not children_of(job)
-
-
-def test_a_rank_that_stands_still_ends_the_stage_with_its_name(
-    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SOLO_RANKS", "2")
-    monkeypatch.setenv("SOLO_TIMEOUT_S", "5")
-    job, stopped = make_job(tmp_path, inputs), []
-
-    def stop(row: dict) -> None:
-        """SIGSTOP the second rank, at the first step."""
-        ranks = [p for p in children_of(job) if p.environ().get("RANK") == "1"]
-        stopped.extend(p.suspend() for p in ranks[: 1 - len(stopped)])
-        began.append(time.monotonic())
-
-    began: list[float] = []
-    with pytest.raises(RuntimeError, match=r"rank 0: a collective .* within 5 s, rank 1 is stuck \(.*train\.log"):
-        artifact.make(job, lambda j: train.run(j, stop))
-    assert len(stopped) == 1 and time.monotonic() - began[0] < 60
-    assert "rank 0:\nTraceback" in (job.out / "train.log").read_text()
-    wait_until_gone(job)
-
-
 def test_tokens_that_were_not_trained_break_the_ledger(undisturbed: tuple[Job, Artifact, list], tmp_path: Path) -> None:
     job = make_job(tmp_path / "root", undisturbed[0].inputs)
     job.work.mkdir(parents=True)
@@ -414,42 +206,3 @@ def test_tokens_that_were_not_trained_break_the_ledger(undisturbed: tuple[Job, A
     pq.write_table(rows.slice(1), job.out / "trained.parquet")
     with pytest.raises(LedgerError, match=rf"trained {4 * N_STEPS - 1} packs.* != planned {4 * N_STEPS} packs"):
         train.run(job)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"train_batch_size": 8}, r"'train_batch_size' does not belong here, the stage's batch_packs says that"),
-        ({"gradient_clipping": 1.0}, r"'gradient_clipping'.*clip_norm"),
-        ({"optimizer": {"type": "Lion"}}, r"'optimizer'.*learning_rate, betas, eps and weight_decay"),
-        ({"prescale_gradients": True}, r"'prescale_gradients' does not belong here, it may change the weights"),
-        ({"zero_optimization": {"stage": 4}}, r"zero_optimization.stage is 4; use 0, 1, 2 or 3"),
-    ],
-)
-def test_a_deepspeed_file_cannot_change_the_result(given: dict, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(given))
-    with pytest.raises(ValueError, match=message):
-        train.deepspeed_config(path, Stage.model_validate(STAGE), 2)
-
-
-def test_our_deepspeed_files_leave_the_result_to_the_stage() -> None:
-    for name in train.DEEPSPEED.values():
-        config = train.deepspeed_config(train.REPOSITORY / name, Stage.model_validate(STAGE), 2)
-        assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (4, 2)
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(
-    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SOLO_RANKS", "3")
-    with pytest.raises(ValueError, match=r"batch_packs = 4 = 1 x 3 ranks \+ 1; .* SOLO_RANKS to one of \[1, 2, 4\]"):
-        train.run(make_job(tmp_path, inputs))
-    monkeypatch.setenv("SOLO_RANKS", "two")
-    with pytest.raises(ValueError, match=r"SOLO_RANKS: 'two' is not a number"):
-        train.run(make_job(tmp_path, inputs))
-
-
-def test_the_supervisor_does_not_load_torch() -> None:
-    code = "import solo.train, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,15 +1,15 @@
 """trained: documents that cannot be read are left out up to a number, named, counted, and no part of an average."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_train import compare_with_plain_loop
-from tiny_stage import made, make_job, make_plan, one_rank
+from stage_runs import compare_with_plain_loop
+from tiny_stage import made, make_job, make_plan
 
 from solo import checkpoint, run_pages, train, trained
 from solo.artifact import Artifact, Job, LedgerError
@@ -24,12 +24,6 @@ def damage(inputs: dict[str, Artifact], root: Path, source: str, key: str) -> di
         tar.seek(row["offset"])
         tar.write(b"x" * row["length"])
     return inputs | {f"shard/{source}": made(root, f"shard/{source}")}
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[..., list[dict]]]:
-    with one_rank() as run:
-        yield run
 
 
 def test_documents_left_out_are_counted_and_the_token_average_is_of_the_others(
