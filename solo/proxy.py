@@ -38,17 +38,11 @@ class Proxy:
             raise Failed("connection", None, "the proxy cannot be reached") from None
         if target.scheme == "http":
             return sock
-        try:
-            place = f"{f'[{target.host}]' if ':' in target.host else target.host}:{target.port}"
+        place = f"{f'[{target.host}]' if ':' in target.host else target.host}:{target.port}"
+        with http1.closing(sock, "the proxy broke the connection"):
             status = http1.connect(http1.Wire(sock, rules, deadline), place, self.headers)
             if status // 100 != 2:
                 raise Failed("http_5xx" if status >= 500 else "http_4xx", status, f"the proxy answers HTTP {status}")
-        except http1.Closed:
-            sock.close()
-            raise Failed("connection", None, "the proxy broke the connection") from None
-        except BaseException:
-            sock.close()
-            raise
         return sock
 
     def asked(self, target: Target) -> Target:

@@ -73,17 +73,9 @@ class Client:
     def _ask(self, target: Target, headers: Mapping[str, str]) -> http1.Response:
         deadline = time.monotonic() + REQUEST_S
         sock, asked, more = self._connect(target, deadline)
-        try:
-            if target.scheme == "https":
-                sock = secured(sock, target, self._tls, self.rules.timeout_s)
-            wire = http1.Wire(sock, self.rules, deadline)
-            return http1.ask(wire, asked, self.rules.user_agent, {**headers, **more})
-        except http1.Closed:
-            sock.close()
-            raise Failed("connection", None, "the connection broke") from None
-        except BaseException:
-            sock.close()
-            raise
+        sock = secured(sock, target, self._tls, self.rules.timeout_s)
+        with http1.closing(sock):
+            return http1.ask(http1.Wire(sock, self.rules, deadline), asked, self.rules.user_agent, {**headers, **more})
 
     def _connect(self, target: Target, deadline: float) -> tuple[socket.socket, Target, dict[str, str]]:
         """A connection to the target or to the proxy before it, what to ask for over it, and headers for the proxy."""

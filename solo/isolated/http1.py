@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 from solo.isolated.address import Target
@@ -194,6 +195,19 @@ class Response:
             n_trailing += len(line)
             if n_trailing > HEAD_BYTES:
                 raise Failed("too_large", self.status, f"the headers are over {HEAD_BYTES} bytes")
+
+
+@contextmanager
+def closing(sock: socket.socket, who: str = "the connection broke") -> Iterator[None]:
+    """What is said over a connection is to succeed; where it does not, the socket is closed, and `who` says who did."""
+    try:
+        yield
+    except Closed:
+        sock.close()
+        raise Failed("connection", None, who) from None
+    except BaseException:
+        sock.close()
+        raise
 
 
 def ask(wire: Wire, target: Target, user_agent: str, more: Mapping[str, str] | None = None) -> Response:

@@ -198,17 +198,9 @@ class Guest:
                     raise
         elif kept is not None:
             kept[1].close()
-        sock = self.resolver.connect(target, deadline)
-        try:
-            if target.scheme == "https":
-                sock = secured(sock, target, self._tls, self.rules.timeout_s)
+        sock = secured(self.resolver.connect(target, deadline), target, self._tls, self.rules.timeout_s)
+        with http1.closing(sock):
             return http1.ask(http1.Wire(sock, self.rules, deadline), target, self.rules.user_agent)
-        except http1.Closed:
-            sock.close()
-            raise Failed("connection", None, "the connection broke") from None
-        except Failed:
-            sock.close()
-            raise
 
     def _keep(self, response: http1.Response) -> None:
         if response.reusable:
@@ -217,15 +209,18 @@ class Guest:
             response.wire.sock.close()
 
 
-def secured(sock: socket.socket, target: Target, tls: ssl.SSLContext, timeout_s: float) -> ssl.SSLSocket:
-    """The socket under TLS, its certificate checked against the host that was asked for."""
+def secured(sock: socket.socket, target: Target, tls: ssl.SSLContext, timeout_s: float) -> socket.socket:
+    """The socket, for https under TLS, its certificate checked against the host that was asked for."""
+    if target.scheme != "https":
+        return sock
     sock.settimeout(timeout_s)
-    try:
-        return tls.wrap_socket(sock, server_hostname=target.host)
-    except TimeoutError:
-        raise Failed("timeout", None, "no answer in time") from None
-    except (OSError, ValueError):  # ssl.SSLError is an OSError
-        raise Failed("connection", None, "TLS failed") from None
+    with http1.closing(sock):
+        try:
+            return tls.wrap_socket(sock, server_hostname=target.host)
+        except TimeoutError:
+            raise Failed("timeout", None, "no answer in time") from None
+        except (OSError, ValueError):  # ssl.SSLError is an OSError
+            raise Failed("connection", None, "TLS failed") from None
 
 
 def answered(status: int) -> Failed:
