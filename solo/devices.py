@@ -1,6 +1,7 @@
-"""Devices: one training on a GPU at a time, host by host.
+"""Devices: one training or evaluation on a GPU at a time, host by host.
 
-In: the GPUs a stage will use. Out: a kernel lock on each, for as long as the stage's launcher or its supervisor lives.
+In: the GPUs a stage or a benchmark will use. Out: a kernel lock on each, for as long as the stage's launcher or its
+supervisor lives, or the benchmark is answered.
 Invariants: a lock ends with its last holder, also after SIGKILL; locks are taken in one order, so two stages that wait
 never wait for each other; whoever is refused is told who holds the GPU. Cost: one file a GPU in $SOLO_LOCKS.
 """
@@ -108,4 +109,4 @@ def _holder(handle: int) -> str:
         told = json.loads(os.pread(handle, 4096, 0))
         return f"{told['what']}, pid {told['pid']}, since {told['since']}"
     except (ValueError, KeyError, TypeError):
-        return "a stage that has just begun or ended"
+        return "one that has just begun or ended"

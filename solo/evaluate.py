@@ -3,8 +3,8 @@
 In: the last stage's checkpoint and a pinned question set. Out: `answers.parquet` (one row per question, in the set's
 order) and `gallery.parquet` (a few of them with a thumbnail). Invariants: every question is answered or counted as
 dropped, and counts as wrong then; the reference answer is cut off before the prompt is tokenised; scores carry the
-protocol they were made under, and `compare` refuses two different ones. Cost: two passes over all
-prompts, `max_new_tokens` steps each; chunks that are done survive a kill.
+protocol they were made under, and `compare` refuses two different ones; a GPU that a stage holds is not used. Cost: two
+passes over all prompts, `max_new_tokens` steps each; chunks that are done survive a kill.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from solo import devices
 from solo.artifact import Artifact, Job, Result, canonical, write_atomic
 from solo.gallery import thumbnail
 from solo.patches import ImageError
@@ -74,13 +76,7 @@ def run(job: Job) -> Result:
     bound = {"checkpoint_digest": before.manifest.digest, "protocol": protocol_digest(protocol(benchmark))}
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
-    judge: _Judge | None = None
-    for i, chunk in enumerate(_chunks(questions(benchmark, location), CHUNK_QUESTIONS)):
-        done = job.work / f"{i:05d}.json"
-        if not done.exists():
-            judge = judge or _Judge(benchmark, Tokens.model_validate(job.spec["tokens"]), before)
-            write_atomic(done, canonical(judge.answer(chunk)))
-        answered = json.loads(done.read_bytes())
+    for answered in _answered(job, benchmark, location):
         dropped.update(answered["dropped"])
         rows += [row | bound for row in answered["rows"]]
         job.progress(
@@ -94,6 +90,33 @@ def run(job: Job) -> Result:
     return Result(
         n_in, len(rows), dict(dropped), score(rows, n_in, benchmark) | bound | {"asked_of": before.manifest.id}
     )
+
+
+def _answered(job: Job, benchmark: BenchmarkSpec, location: Path) -> Iterator[Row]:
+    """Each chunk's rows and drops; from the first one not answered yet, a judge is loaded and GPUs are held."""
+    judge: _Judge | None = None
+    with ExitStack() as held:
+        for i, chunk in enumerate(_chunks(questions(benchmark, location), CHUNK_QUESTIONS)):
+            done = job.work / f"{i:05d}.json"
+            if not done.exists():
+                if judge is None:
+                    held.enter_context(gpus(job))
+                    judge = _Judge(benchmark, Tokens.model_validate(job.spec["tokens"]), job.one("train"))
+                write_atomic(done, canonical(judge.answer(chunk)))
+            yield json.loads(done.read_bytes())
+        judge = None  # before the GPUs are let go
+
+
+@contextmanager
+def gpus(job: Job) -> Iterator[None]:
+    """Hold what a stage would hold here; none without CUDA."""
+    import torch
+
+    names = devices.names() if torch.cuda.is_available() else []
+    with devices.held(f"evaluate/{job.name}", names, job.progress):
+        yield
+        if names:
+            torch.cuda.empty_cache()  # this process may live on, and the memory is the next holder's
 
 
 def questions(benchmark: BenchmarkSpec, location: Path) -> Iterator[Sample | Rejected]:

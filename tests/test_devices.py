@@ -4,13 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_stage import make_job, make_plan
 
-from solo import devices, train
+from solo import devices, evaluate, train
+from solo.artifact import Job
 
 # A supervisor that holds GPUs, and its launcher, which holds them too and lives until its input closes.
 HOLD = """
@@ -76,6 +79,35 @@ def test_a_stage_does_not_begin_on_a_gpu_of_another(tmp_path: Path, monkeypatch:
         with pytest.raises(ValueError, match=says):
             train.run(job)
     assert not (job.out / "train.log").read_bytes()
+
+
+def test_training_and_evaluation_share_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before a model is loaded: there is none here."""
+    stage = make_job(tmp_path, make_plan(tmp_path, 2))
+    stage.work.mkdir(parents=True)
+    (tmp_path / "questions.jsonl").write_text('{"question_id": "a", "image": "a.png", "question": "?", "answer": "x"}')
+    with tarfile.open(tmp_path / "images.tar", "w"):
+        pass
+    spec = {"location": str(tmp_path), "adapter": "questions.read", "template": "inst", "scorer": "exact.match"}
+    spec |= {"name": "toy", "title": "Toy", "licence": {"id": "CC0-1.0", "url": "none"}, "revision": "1" * 40}
+    benchmark = {"benchmark": spec | {"max_new_tokens": 1, "chance": 0.5}, "tokens": stage.spec["tokens"]}
+    trained = stage.one("pack")
+    asked = Job("evaluate", "toy", evaluate.VERSION, benchmark, {"train/last": trained}, tmp_path / "root", tmp_path, 1)
+    asked.work.mkdir(parents=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with (
+        devices.held("train/first", devices.names(), print),
+        pytest.raises(ValueError, match=rf"^evaluate/toy: GPU 7 is held by train/first, pid {os.getpid()}, "),
+    ):
+        evaluate.run(asked)
+    with (
+        evaluate.gpus(asked),
+        pytest.raises(ValueError, match=rf"^train/tiny: GPU 7 is held by evaluate/toy, pid {os.getpid()}, "),
+    ):
+        train.run(stage)
+    with devices.held("train/second", ["7"], print):  # free again
+        pass
 
 
 @pytest.mark.parametrize(

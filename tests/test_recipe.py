@@ -6,6 +6,7 @@ One tiny recipe drives every part; each case starts from a copy of the finished 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,14 @@ def test_what_runs_again(case: str, driver: Driver, base: Path) -> None:
     assert ran(base) == expected
     if "report" not in expected:
         assert digests(base) == before
+
+
+def test_evaluation_holds_a_slot_as_training_does(driver: Driver, base: Path) -> None:
+    ended = driver.run(base, extra={"SOLO_GPU_LIMIT": "no-such"}, force=["evaluate"])
+    assert not ended["completed"]
+    assert re.search(
+        r"^evaluate/\S+: SOLO_GPU_LIMIT: .*`prefect gcl create no-such --limit 1` makes it", ended["message"]
+    )
 
 
 def test_counts_close_and_a_broken_sum_is_seen(finished: Path, base: Path) -> None:
