@@ -26,6 +26,7 @@ from solo.line import CHECKOUT
 HOME = Path(os.environ.get("SOLO_PREFECT_HOME", CHECKOUT / ".solo" / "prefect")).resolve()
 STATE = HOME / "solo-server.json"
 POOL = "solo-local"
+DATABASE = "prefect.db"
 DEFAULT_PORT = 4200
 START_S = 120.0
 STOP_S = 40.0  # longer than a stage needs for its checkpoint (solo.launch.GRACE_S)
@@ -201,12 +202,15 @@ def run(module: str, arguments: list[str]) -> None:
 
 
 def main(action: str, arguments: list[str]) -> None:
-    """`worker`: server, deployments and worker; `run`: a recipe's flow; `prefect`: its command line; `down`: stop."""
+    """Start `worker` (with server and deployments) or `run` (a recipe), speak by `prefect` or `shown`, or go `down`."""
     try:
         if action == "down":
             sys.stdout.write(f"stopped: {', '.join(down()) or 'nothing was running'}\n")
         elif action == "prefect":
             run("prefect", arguments)
+        elif action == "shown":
+            if (HOME / DATABASE).exists():  # else nothing was ever shown
+                run("flows.shown", arguments)
         else:
             sys.stdout.write(f"Prefect UI: {up(worker=action == 'worker')}\n")
             sys.stdout.flush()

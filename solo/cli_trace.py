@@ -6,6 +6,7 @@ In: a name of a sample, or a step or pack. Out: lines, or one JSON document. Cos
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -50,14 +51,14 @@ def trace(
 
 def takedown(
     apply: Annotated[bool, typer.Option("--apply", help="Take out of all artifacts what is listed.")] = False,
-    prove: Annotated[bool, typer.Option("--prove", help="Exit 1 while any file holds what is listed.")] = False,
+    prove: Annotated[bool, typer.Option("--prove", help="Exit 1 while any file or page holds what is listed.")] = False,
     checkpoints: Annotated[
         bool, typer.Option("--checkpoints", help="With --apply: remove what was trained on it.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what holds the entries of datasets_spec/takedown.csv, old artifacts and caches included, or take it out."""
-    from solo import removal
+    from solo import removal, shown
 
     settings = Settings.from_env()
     if checkpoints and not apply:
@@ -65,11 +66,21 @@ def takedown(
     if apply:
         removal.apply(settings, checkpoints=checkpoints, say=lambda text: typer.echo(text, err=True))
     found = removal.look(settings)
-    for text in [json.dumps(removal.summary(found))] if as_json else removal.lines(found):
-        typer.echo(text)
+    pages = shown.search(settings.root, found.needles, found.held)
+    if apply and pages.pages:
+        shown.remove(pages.pages)
+        for page in pages.pages:
+            typer.echo(f"page {page.key} {page.id}: removed", err=True)
+        pages = shown.search(settings.root, found.needles, found.held)
+    if as_json:
+        more = {"pages": [asdict(page) for page in pages.pages], "pages_unsearched": pages.unsearched}
+        typer.echo(json.dumps(removal.summary(found) | more))
+    else:
+        for text in [*removal.lines(found), *shown.lines(pages)]:
+            typer.echo(text)
     if apply and not as_json:
         typer.echo("`solo plan RECIPE` says what the next run makes again")
-    if prove and not found.is_clean:
+    if prove and not (found.is_clean and not pages.pages):
         raise typer.Exit(1)
 
 

@@ -215,17 +215,18 @@ def _bytes(unit: Unit) -> set[str]:
     found: set[str] = set()
     if unit.path.name == artifact.MANIFEST and (manifest := artifact.read_manifest(unit.path.parent)):
         said = json.dumps([manifest.stats, manifest.counts, manifest.files], ensure_ascii=False)
-        return _tokens(said.encode(), unit.needles)  # not the spec: a host that a user names there is no sample
+        return tokens(said.encode(), unit.needles)  # not the spec: a host that a user names there is no sample
     with unit.path.open("rb") as file:
         tail = b""
         while chunk := file.read(CHUNK_BYTES):
             data = tail + chunk
-            found |= _tokens(data, unit.needles)
+            found |= tokens(data, unit.needles)
             tail = data[-OVERLAP_BYTES:]
     return found
 
 
-def _tokens(data: bytes, needles: Needles) -> set[str]:
+def tokens(data: bytes, needles: Needles) -> set[str]:
+    """Ids of the entries that tokens of a text mean, and of hosts that stand in it as a word."""
     found: set[str] = set()
     for token in {token.decode("ascii", "replace") for token in TOKENS.findall(data)}:
         for begin in [0, *(m.end() for m in re.finditer("-", token) if "://" not in token)]:  # `of-web-0123...` too

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from solo import acquire, artifact, copies, erase, holders, location, passes, takedown
+from solo import acquire, artifact, copies, erase, holders, location, passes, shown, takedown
 from solo.artifact import Job, write_atomic
 from solo.holders import REMOVED, SAW, Held, Needles
 from solo.line import PARTS, Settings
@@ -101,6 +101,7 @@ def apply(settings: Settings, *, checkpoints: bool = False, say: Callable[[str],
         say(f"acquire/{source}: making it anew without {len(ids)} entries, from what is there")
         _erased(settings, source, ids)
     _note(settings.root, found)
+    shown.note(settings.root, found.held)
     for place in sorted(_places(found.held)):
         part = place.split("/")[0]
         if part == BENCHMARKS or (part == UNFORGETTING and not checkpoints):
@@ -110,6 +111,7 @@ def apply(settings: Settings, *, checkpoints: bool = False, say: Callable[[str],
         if row["is_there"]:
             place = f"{UNFORGETTING}/{row['stage']}/{row['fingerprint']}"
             say(f"{place}: {_remove(settings.root, place, [])}")
+    shown.note(settings.root, found.held)  # up to now, also if a run showed something meanwhile
 
 
 def _places(held: Sequence[Held]) -> dict[str, set[str]]:

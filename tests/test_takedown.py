@@ -329,6 +329,7 @@ def test_killed_while_it_removes_it_goes_on(copied: Line) -> None:
     documents = copied.documents()
     copied.listed(entry(documents, "url", 1))
     env = os.environ | {"SOLO_ROOT": str(copied.root), "SOLO_SPECS": str(copied.specs), "SOLO_WORKERS": "1"}
+    env["SOLO_PREFECT_HOME"] = str(copied.root.parent / "prefect")  # no server of the user is asked
     command = [sys.executable, "-m", "solo.cli", "takedown", "--apply", "--prove"]
     with subprocess.Popen(command, env=env, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
         assert child.stderr is not None
