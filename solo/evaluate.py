@@ -17,32 +17,24 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from solo import devices
-from solo.artifact import Artifact, Job, Result, canonical, write_atomic
+from solo.artifact import Job, Result, canonical, write_atomic
 from solo.gallery import thumbnail
-from solo.patches import ImageError
+from solo.judge import Judge, Row, question_id
 from solo.plugin import resolve
 from solo.sample import Rejected, Sample
 from solo.spec import BenchmarkSpec, Tokens
 
-if TYPE_CHECKING:
-    from solo.loader import Piece
-    from solo.tokenizer import Tokenizer
-
 VERSION = 2  # a cache of keys and values: sums in another order
 
 CHUNK_QUESTIONS = 128  # answered and written together; about a second on two cores with the sample's model
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}  # tokens of prompts answered at once, padding counted
-BLANK = 128  # mid grey; resizing a constant picture gives the constant, so the blank is made of patches
 N_GALLERY = 12
 DECODING = "greedy, no ids of SOLO's own, stop at EOS"
 
@@ -64,8 +56,6 @@ GALLERY = pa.schema(
     [(name, ANSWERS.field(name).type) for name in ("question_id", "category", "prompt", "answer", "response")]
     + [("correct", pa.bool_()), ("thumbnail", pa.binary())]
 )
-
-Row = dict[str, Any]
 
 
 def run(job: Job) -> Result:
@@ -94,14 +84,14 @@ def run(job: Job) -> Result:
 
 def _answered(job: Job, benchmark: BenchmarkSpec, location: Path) -> Iterator[Row]:
     """Each chunk's rows and drops; from the first one not answered yet, a judge is loaded and GPUs are held."""
-    judge: _Judge | None = None
+    judge: Judge | None = None
     with ExitStack() as held:
         for i, chunk in enumerate(_chunks(questions(benchmark, location), CHUNK_QUESTIONS)):
             done = job.work / f"{i:05d}.json"
             if not done.exists():
                 if judge is None:
                     held.enter_context(gpus(job))
-                    judge = _Judge(benchmark, Tokens.model_validate(job.spec["tokens"]), job.one("train"))
+                    judge = Judge(benchmark, Tokens.model_validate(job.spec["tokens"]), job.one("train"))
                 write_atomic(done, canonical(judge.answer(chunk)))
             yield json.loads(done.read_bytes())
         judge = None  # before the GPUs are let go
@@ -179,97 +169,6 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Row:
     }
 
 
-class _Judge:
-    """A loaded model with the scorer of one benchmark; made only when a chunk is still to be answered."""
-
-    def __init__(self, benchmark: BenchmarkSpec, tokens: Tokens, trained: Artifact) -> None:
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-
-        from solo.model import SoloForCausalLM
-        from solo.tokenizer import Tokenizer
-
-        disable_progress_bar()  # type: ignore[no-untyped-call]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = SoloForCausalLM.from_pretrained(trained.path / "checkpoint").to(device)  # type: ignore[arg-type]
-        self.tokenizer: Tokenizer = Tokenizer(tokens)
-        self.benchmark = benchmark
-        self.scorer = resolve("benchmarks", benchmark.scorer)
-
-    def answer(self, chunk: Sequence[Sample | Rejected]) -> Row:
-        """Rows of a chunk and the reasons of what could not be asked."""
-        asked: list[tuple[Sample, Piece]] = []
-        dropped: Counter[str] = Counter()
-        for sample in chunk:
-            piece = sample.status if isinstance(sample, Rejected) else self.prompt(sample)
-            if isinstance(piece, str):
-                dropped[piece] += 1
-            else:
-                assert isinstance(sample, Sample)
-                asked.append((sample, piece))
-        pieces = [piece for _, piece in asked]
-        blank = [replace(p, patches=np.full_like(p.patches, BLANK)) for p in pieces]
-        responses, blind = self.complete(pieces), self.complete(blank)
-        rows = [self.row(s, r, b) for (s, _), r, b in zip(asked, responses, blind, strict=True)]
-        return {"rows": rows, "dropped": dict(dropped)}
-
-    def prompt(self, sample: Sample) -> Piece | str:
-        """What the model is given, or why the question cannot be asked."""
-        from solo.loader import read_piece
-
-        question = replace(sample, messages=sample.messages[:-1])  # the last turn is the answer
-        try:
-            piece = read_piece(question, self.tokenizer, self.benchmark.template)
-        except ImageError:
-            return "undecodable"
-        except ValueError:  # an image that the resize rule cannot serve
-            return "image_too_thin"
-        longest = self.model.config.max_position_embeddings - self.benchmark.max_new_tokens
-        return piece if len(piece.ids) <= longest else "over_long"
-
-    def complete(self, pieces: Sequence[Piece]) -> list[str]:
-        """Responses as text; equal prompts (a blind set has few others) are asked once, like lengths together."""
-        unique = {p.ids.tobytes() + p.patches.tobytes(): p for p in pieces}
-        order = sorted(unique, key=lambda key: (len(unique[key].ids), key))
-        said: dict[bytes, str] = {}
-        while order:
-            longest = BATCH_TOKENS[self.model.device.type]
-            n = max(1, sum((i + 1) * len(unique[key].ids) <= longest for i, key in enumerate(order)))
-            batch, order = order[:n], order[n:]
-            said |= dict(zip(batch, self._generate([unique[key] for key in batch]), strict=True))
-        return [said[p.ids.tobytes() + p.patches.tobytes()] for p in pieces]
-
-    def _generate(self, prompts: Sequence[Piece]) -> list[str]:
-        """Greedy answers to a batch, up to the EOS that ends them."""
-        from solo.loader import side_by_side
-
-        eos = self.tokenizer.vocabulary.eos
-        rows = {name: t.to(self.model.device) for name, t in side_by_side(prompts, eos).items()}
-        n_new = self.benchmark.max_new_tokens
-        ids = self.model.generate(**rows, max_new_tokens=n_new, do_sample=False, eos_token_id=eos)
-        new = ids[:, rows["input_ids"].shape[1] :].tolist()
-        return [self.tokenizer.decode(one[: one.index(eos)] if eos in one else one).strip() for one in new]
-
-    def row(self, sample: Sample, response: str, blind: str) -> Row:
-        """One answered question."""
-        answer = _said(sample, -1)
-        return {
-            "question_id": question_id(sample),
-            "category": str(sample.meta.get("category", "all")),
-            "prompt": "\n".join(_said(sample, i) for i in range(len(sample.messages) - 1)),
-            "answer": answer,
-            "response": response,
-            "blind_response": blind,
-            "correct": bool(self.scorer(response, answer)),
-            "blind_correct": bool(self.scorer(blind, answer)),
-        }
-
-
-def question_id(sample: Sample) -> str:
-    """The set's own id of a question, or our key where it has none."""
-    return str(sample.meta.get("question_id", sample.key))
-
-
 def _gallery(rows: Sequence[Row], benchmark: BenchmarkSpec, location: Path) -> pa.Table:
     """A few answered questions, chosen by hash, with their first picture made small."""
     chosen = sorted(rows, key=lambda r: hashlib.md5(r["question_id"].encode()).hexdigest())[:N_GALLERY]
@@ -297,10 +196,6 @@ def _location(benchmark: BenchmarkSpec, specs: Path) -> Path:
                 f"{found.removeprefix('sha256:')}; restore the data, or pin the new revision"
             )
     return location
-
-
-def _said(sample: Sample, turn: int) -> str:
-    return "\n".join(item["text"] for item in sample.messages[turn]["content"] if item["type"] == "text")
 
 
 def _right(rows: Sequence[Row], column: str = "correct") -> int:

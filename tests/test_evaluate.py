@@ -17,7 +17,7 @@ import pytest
 import tiny
 import yaml
 
-from solo import artifact, evaluate
+from solo import artifact, evaluate, judge
 from solo.acquire import content_sha256
 from solo.artifact import Artifact, Job, Result, canonical, damage
 from solo.benchmarks.exact import match
@@ -162,12 +162,12 @@ def test_every_question_is_answered_or_counted(answered: tuple[Artifact, list[st
 
 def test_the_answer_is_not_in_the_prompt(benchmark: dict[str, Any], trained: Artifact) -> None:
     spec = BenchmarkSpec.model_validate(benchmark["spec"])
-    judge = evaluate._Judge(spec, Tokens.model_validate(RECIPE["tokens"]), trained)
+    one = judge.Judge(spec, Tokens.model_validate(RECIPE["tokens"]), trained)
     sample = next(iter(evaluate.questions(spec, benchmark["specs"] / "bench")))
-    piece = judge.prompt(sample)
-    other = judge.prompt(replace(sample, messages=(*sample.messages[:-1], finished.ANSWER)))
+    piece = one.prompt(sample)
+    other = one.prompt(replace(sample, messages=(*sample.messages[:-1], finished.ANSWER)))
     assert piece.ids.tolist() == other.ids.tolist()
-    assert judge.tokenizer.decode(piece.ids).strip() == "[INST] 0? [/INST]"
+    assert one.tokenizer.decode(piece.ids).strip() == "[INST] 0? [/INST]"
 
 
 def test_blind_answers_depend_on_the_question_alone(answered: tuple[Artifact, list[str]]) -> None:
@@ -183,7 +183,7 @@ def test_batching_changes_no_answer(
     root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(evaluate.BATCH_TOKENS, "cpu", 60)
+    monkeypatch.setitem(judge.BATCH_TOKENS, "cpu", 60)
     monkeypatch.setattr(evaluate, "CHUNK_QUESTIONS", 7)
     again, _ = artifact.make(job_of(benchmark, trained, root), evaluate.run)
     assert again.manifest.digest == answered[0].manifest.digest
