@@ -53,6 +53,7 @@ def start(module: nn.Module, stage: Stage, config: dict[str, Any]) -> Any:  # no
     made = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
     gc.unfreeze()
     _share_host_memory(made[0].optimizer)
+    _sum_at_once(made[0].optimizer)
     return made[0]
 
 
@@ -88,6 +89,41 @@ def _share_host_memory(zero: Any) -> None:  # noqa: ANN401
     for i, buffer in enumerate(buffers):
         gradient = zero.single_partition_of_fp32_groups[i].grad
         buffers[i] = gradient.view(buffer.dtype)[: buffer.numel()]
+
+
+def _sum_at_once(zero: Any) -> None:  # noqa: ANN401
+    """Where DeepSpeed sums bf16 gradients in fp32, let one kernel add each, and give it back at once; the same bits.
+
+    Its own way keeps them, as zeros, through the next pack's forward pass (2 bytes a parameter, 3.8 GiB of the 8-layer
+    slice when its activations need them), adds the next pack's to those, widens the sum into new memory and adds that:
+    26 bytes a parameter are moved where 10 do, 17 ms a pack of 2.03 G parameters on an H100 instead of 7. The sum is
+    cleared twice a step, where the first pack's gradient may lie over what was there: 24 bytes, 8 ms a step.
+    """
+    if not hasattr(zero, "_update_hp_grad"):
+        return
+    update, filled = zero.step, zero.fp32_groups_has_gradients
+
+    def add(parameter: Tensor, group: int, place: int, clear_lp_grads: bool) -> None:
+        if parameter.grad is None:
+            return
+        total = zero.fp32_groups_gradients[group][place]
+        vars(parameter)["_hp_grad"] = total
+        put = total.add_ if filled[group][place] else total.copy_
+        put(parameter.grad.view(total.shape))
+        filled[group][place] = True
+        parameter.grad = None
+
+    def step(*args: Any) -> None:
+        for totals, have in zip(zero.fp32_groups_gradients, filled, strict=True):
+            for total, has in zip(totals, have, strict=True):
+                if not has:
+                    total.zero_()
+        update(*args)
+
+    def clear() -> None:
+        filled[:] = [[False] * len(have) for have in filled]
+
+    zero._update_hp_grad, zero.step, zero.clear_hp_grads = add, step, clear
 
 
 @contextmanager

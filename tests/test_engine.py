@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_stage import make_job, make_plan
 
-from solo import launch, train
+from solo import engine, launch, train
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -26,6 +26,32 @@ def test_offload_trains_the_same(
             a["grad_norm"], rel=1e-4 if precision == "fp32" else 5e-3
         )
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_gradients_are_summed_as_deepspeed_does_bit_for_bit(
+    alone: Callable[..., list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four packs a step in bf16, of which one supervises nothing; no gradient outlives its backward pass."""
+    inputs = make_plan(tmp_path / "plan", 3)
+    rows, kept = {}, []
+    for name, sums in (("ours", engine._sum_at_once), ("deepspeed", lambda zero: None)):
+
+        def start(zero: object, sums: Callable[[object], None] = sums) -> None:
+            assert type(zero).__name__ == "BF16_Optimizer"  # else nothing is compared
+            sums(zero)
+            ended = zero.backward_epilogue  # type: ignore[attr-defined]
+
+            def look(**given: object) -> None:
+                ended(**given)
+                kept.append(any(p.grad is not None for group in zero.bf16_groups for p in group))  # type: ignore[attr-defined]
+
+            zero.backward_epilogue = look  # type: ignore[attr-defined]
+
+        monkeypatch.setattr(engine, "_sum_at_once", start)
+        rows[name] = alone(make_job(tmp_path / name, inputs, precision="bf16", clip_norm=0.5))
+    told = [[(row["loss"], row["grad_norm"]) for row in rows[name]] for name in ("ours", "deepspeed")]
+    assert told[0] == told[1] and len(told[0]) == 3
+    assert kept == [False] * 12 + [True] * 12
 
 
 STUCK = """
