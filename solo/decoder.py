@@ -9,6 +9,8 @@ Shapes: n tokens, d hidden_size, P patches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +69,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary, self.rotary_scale = config.rotary()  # no buffer: a cast of the model must not round it
         self.recompute_layers = 0  # how many layers keep no activations for the backward pass
+        self.lean = False  # whether the others, compiled, keep only what is dear to compute: see `memory.kept`
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """Moved with the weights, though not cast: else each forward pass waits for the GPU to fetch it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.norm.weight.device.type != "meta":
+            self.rotary = self.rotary.to(self.norm.weight.device)
+        return self
 
     def embed(self, input_ids: Tensor, pixels: Tensor, where: Tensor) -> Tensor:
         """(n,) ids, (P, 3 * patch_px**2) pixels and the (P,) places they belong to -> (n, d)."""
@@ -88,11 +98,12 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Linear):
-    """Logits; on CUDA the product is padded to whole HEAD_MULTIPLEs of columns, which never leave this function."""
+    """Logits; a GPU's product is padded to whole HEAD_MULTIPLEs of columns, which never leave this function."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., vocab_size)."""
-        if self.weight.is_cuda and x.numel() >= HEAD_ROWS * self.in_features and not torch.compiler.is_compiling():
+        # Compiled, as for a GPU alone, it must not ask for the number of rows: that would cut the graph in two here.
+        if torch.compiler.is_compiling() or (self.weight.is_cuda and x.numel() >= HEAD_ROWS * self.in_features):
             return padded_linear(x, self.weight, HEAD_MULTIPLE)
         return F.linear(x, self.weight)
 
@@ -100,7 +111,8 @@ class Head(nn.Linear):
 def padded_linear(x: Tensor, weight: Tensor, multiple: int) -> Tensor:
     """`F.linear` through a product whose number of columns is a multiple; the added ones are cut off again.
 
-    Compiled code pads by itself. The weight stays as the checkpoint has it: a copy costs 0.2 ms for 4,096 x 33,029.
+    Inductor pads by itself only where it knows the number of rows, and that of a pack's targets it must not know. The
+    weight stays as the checkpoint has it: a copy costs 0.2 ms for 4,096 x 33,029.
     """
     n_rows = len(weight)
     wide = F.linear(x, F.pad(weight, (0, 0, 0, -n_rows % multiple)))
@@ -114,6 +126,11 @@ def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if pixels.is_floating_point():
         return pixels.to(dtype)
-    mean, std = (torch.tensor(c, device=pixels.device)[:, None] for c in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (_column(c, pixels.device) for c in (IMAGENET_MEAN, IMAGENET_STD))
     channels = pixels.view(len(pixels), 3, pixels.shape[1] // 3).float() / 255
     return ((channels - mean) / std).flatten(1).to(dtype)
+
+
+def _column(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(n, 1), made where it is used: from the host it would be a copy that waits for the GPU, and in every graph."""
+    return torch.cat([torch.full((1, 1), value, device=device) for value in values])

@@ -33,6 +33,7 @@ class HeldLoss:
         self.loader = PackLoader(
             plan / HELD_OUT, shards, tokens, stage.pack_tokens, decode=stage.decode, max_damaged=stage.max_damaged
         )
+        self.loader.pin = torch.cuda.is_available()
         self.every_steps = every_steps
         documents = [row for i in range(len(self.loader)) for row in self.loader.rows(i)]
         self.first = np.cumsum([0, *(len(self.loader.rows(i)) for i in range(len(self.loader)))])

@@ -18,6 +18,7 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from solo.decoder import normalised
 from solo.loader import NO_TARGET, Pack
 from solo.model import SoloForCausalLM
+from solo.upload import upload
 
 SHAPE = (
     "vocab_size",
@@ -46,22 +47,23 @@ class PackedMistral(nn.Module):
         named = {name: p for name, p in solo.named_parameters() if "embed_vision_patch" not in name}
         self.mistral.load_state_dict(named, assign=True, strict=True)
         self.mistral.model.rotary_emb = MistralRotaryEmbedding(config)
-        self._rotary = {"inv_freq": self.mistral.model.rotary_emb.inv_freq.clone()}  # no buffer: see `forward`
+        self._frequencies = self.mistral.model.rotary_emb.inv_freq.clone()  # no buffer: see `forward`
         self.project = solo.model.embed_vision_patch
         self.mistral.train()
         self.mistral.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
     def forward(self, pack: Pack) -> Tensor:
         """(n_supervised,) cross entropies."""
-        weight = self.mistral.lm_head.weight
+        device = self.mistral.lm_head.weight.device
         # DeepSpeed casts buffers to bf16 as it does weights, and position 32,767 times a rounded frequency is noise.
-        self.mistral.model.rotary_emb.inv_freq = self._rotary["inv_freq"].to(weight.device)
+        self._frequencies = self._frequencies.to(device)
+        self.mistral.model.rotary_emb.inv_freq = self._frequencies
         where = (pack.patch_index >= 0).nonzero()[:, 0]
-        pixels = pack.patches.to(weight.device)[pack.patch_index[where].to(weight.device)]
-        x = self.mistral.model.embed_tokens(pack.input_ids.to(weight.device))
-        x = x.index_add(0, where.to(weight.device), self.project(normalised(pixels, x.dtype)))
-        positions = pack.position_ids.to(weight.device)
+        supervised = (pack.targets != NO_TARGET).nonzero()[:, 0]  # found on the host, as SOLO's are: no wait for a GPU
+        pixels = pack.patches.to(device)[upload(pack.patch_index[where], device)]
+        x = self.mistral.model.embed_tokens(upload(pack.input_ids, device))
+        x = x.index_add(0, upload(where, device), self.project(normalised(pixels, x.dtype)))
+        positions = upload(pack.position_ids, device)
         logits = self.mistral(inputs_embeds=x[None], position_ids=positions[None], use_cache=False).logits[0]
-        targets = pack.targets.to(weight.device)
-        losses = F.cross_entropy(logits.float(), targets, ignore_index=NO_TARGET, reduction="none")
-        return losses[targets != NO_TARGET]
+        losses = F.cross_entropy(logits.float(), upload(pack.targets, device), ignore_index=NO_TARGET, reduction="none")
+        return losses[upload(supervised, device)]

@@ -93,6 +93,15 @@ class Pack:
         """Positions with a target."""
         return int((self.targets != NO_TARGET).sum())
 
+    def pinned(self) -> Pack:
+        """The same in memory that a GPU reads by itself: see `solo.upload`."""
+        tensors = ("input_ids", "position_ids", "document_ids", "patches", "patch_index", "targets")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in tensors})
+
+    def bare(self) -> Pack:
+        """The same without its patches, up to 134 MB: what is told of a pack needs none."""
+        return replace(self, patches=torch.zeros(0, self.patches.shape[1], dtype=torch.uint8))
+
     def lengths(self) -> list[int]:
         """Tokens of each document."""
         return [last - first for _, _, first, last in self.segments]
@@ -237,6 +246,7 @@ class PackLoader:
         self.tokenizer = Tokenizer(tokens)
         self.plan = Plan(plan_dir)
         self.n_left_out = 0
+        self.pin = False  # whether packs are for a GPU
         self._memory = Recycled(pack_tokens * BYTES * tokens.patch_px**2)
         self._lock = threading.Lock()
 
@@ -261,9 +271,11 @@ class PackLoader:
                 self._leave_out(error)
                 left_out.append(row)
         if not left_out:
-            return self._assemble(pieces, i, patches)
-        pack = self._assemble(pieces, i) if pieces else self._padding(i)
-        return replace(pack, left_out=tuple(left_out))
+            pack = self._assemble(pieces, i, patches)
+        else:
+            pack = self._assemble(pieces, i) if pieces else self._padding(i)
+            pack = replace(pack, left_out=tuple(left_out))
+        return pack.pinned() if self.pin else pack
 
     def iterate(
         self, first_step: int, *, batch_packs: int, rank: int = 0, world_size: int = 1, workers: int = 0

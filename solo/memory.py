@@ -1,11 +1,13 @@
 """Memory: what a stage needs of a GPU and of the host, and how many layers must be computed twice for it to fit.
 
 In: the shape of a model, a pack's tokens, a DeepSpeed configuration, a machine. Out: bytes at the three moments that
-can be the highest (end of forward, end of backward, update), and the smallest number of recomputed layers that fits.
+can be the highest (end of forward, end of backward, update), and the least recomputing that fits: none, then what the
+backward pass writes as it reads (`lean`), then as few layers as need be.
 Invariant: arithmetic alone, so a plan needs no GPU; what it chooses changes no number that is trained. Cost: none.
 
 Per parameter under bf16: 2 bytes of weight, 2 or 4 of summed gradient, 12 / ranks of fp32 master weight and AdamW
-moments. Per token and layer what the compiled backward pass reads: see `kept`. Against the measured rows of one H100
+moments. Per token and layer what the compiled backward pass reads: see `kept`, which is what torch 2.11's partitioner
+keeps of the graph. Against the measured rows of one H100
 (8 layers of 4,096, one pack of 32,768) it is within 5 %: tests/test_memory.py has the table.
 """
 
@@ -26,7 +28,7 @@ Policy = Literal["none", "selective", "full"]
 
 USABLE = 0.94  # of a GPU: what its allocator loses between blocks of a gigabyte
 CONTEXT_BYTES = GIB  # CUDA, cuBLAS and NCCL before the first tensor
-LOGIT_BYTES = 6  # a bf16 logit and its fp32 copy; eager Hugging Face takes 10
+LOGIT_BYTES = {True: 4, False: 6}  # compiled: a bf16 logit and its gradient; else its fp32 copy; Hugging Face takes 10
 HOST_BYTES = 16  # per parameter under offload: master weight, two moments, gradient, all fp32; not pinned
 HOST_USABLE = 0.95  # pinned memory would be rounded up to powers of two: 134 GiB for 7B
 PARTS_OF = {"projection": ("projection",), "embeddings": ("embedding", "head"), "backbone": ("layers", "norm")}
@@ -101,6 +103,7 @@ class Use:
     backward: int  # the whole at the end of the backward pass
     update: int  # the whole in the optimizer's step
     recompute_layers: int
+    lean: bool  # whether the other layers keep only what is dear to compute
     host: int
 
     @property
@@ -114,9 +117,9 @@ class Use:
         return max(self.forward, self.backward, self.update)
 
     def gib(self) -> dict[str, float]:
-        """In GiB, for people; `recompute_layers` is a number of layers."""
+        """In GiB, for people; `recompute_layers` is a number of layers, `lean` yes or no."""
         whole = {"peak": self.peak, "forward": self.forward, **asdict(self)}
-        return {name: round(n / GIB, 2) if name != "recompute_layers" else n for name, n in whole.items()}
+        return {name: n if name in ("recompute_layers", "lean") else round(n / GIB, 2) for name, n in whole.items()}
 
 
 def host_bytes() -> int:
@@ -154,16 +157,23 @@ def frozen_groups(stage: Stage) -> frozenset[GroupName]:
     return frozenset(name for name, group in (stage.groups or {}).items() if group.frozen)
 
 
-def kept(model: ModelSpec, *, compiled: bool) -> int:
+def kept(model: ModelSpec, *, compiled: bool, lean: bool = False) -> int:
     """Numbers that one layer keeps of one token for its backward pass.
 
-    Compiled: gate, up and their product; queries, keys, values and what attention gathers; the two sums and one norm.
-    Eager code keeps the activated gate and the transposed copy of what attention gathered as well, and both norms.
+    Compiled: gate, up and their product; queries, keys, values and what attention gathers; the two sums and two norms.
+    Lean, the product and the norms are made again by kernels that read what they are made of anyway: at 4,096 wide 1.4
+    of 4.25 GiB for a pack of 32,768, for 1.5 GB more written (half a millisecond of an H100, where the layer takes 75).
+    Eager code keeps the activated gate and the transposed copy of what attention gathered as well.
     """
     d, wide, narrow = _widths(model)
     if compiled:
-        return 3 * model.intermediate_size + 2 * wide + 2 * narrow + 3 * d
+        return (2 if lean else 3) * model.intermediate_size + 2 * wide + 2 * narrow + (2 if lean else 4) * d
     return 4 * model.intermediate_size + 3 * wide + 2 * narrow + 4 * d
+
+
+def is_compiled(config: Mapping[str, Any]) -> bool:
+    """Whether a GPU runs the loss as one compiled graph whose activations `kept` counts."""
+    return bool(config.get("bf16", {}).get("enabled")) and int(config["zero_optimization"]["stage"]) < 3
 
 
 def predict(  # noqa: PLR0913 (the pack's numbers)
@@ -174,6 +184,7 @@ def predict(  # noqa: PLR0913 (the pack's numbers)
     n_tokens: int,
     n_targets: int | None = None,
     recompute_layers: int = 0,
+    lean: bool = False,
     n_gpus: int = 1,
     frozen: Collection[str] = (),
 ) -> Use:
@@ -194,7 +205,7 @@ def predict(  # noqa: PLR0913 (the pack's numbers)
     states = 0 if offload else 12 * learns // n_gpus if stage else 8 * learns
     buckets = 4 * int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
     buckets = min(buckets, 8 * learns)
-    layer = width * kept(model, compiled=bf16 and stage < 3) * n_tokens
+    layer = width * kept(model, compiled=is_compiled(config), lean=lean) * n_tokens
     n_kept = model.num_hidden_layers - recompute_layers
     activations = n_kept * layer + recompute_layers * width * model.hidden_size * n_tokens
     fixed = weights + gradients + states
@@ -204,10 +215,15 @@ def predict(  # noqa: PLR0913 (the pack's numbers)
         states=states,
         buckets=buckets,
         activations=activations + (3 * patch_px**2 + 2 * model.hidden_size) * width * n_tokens,  # pixels, last norm
-        head=LOGIT_BYTES * model.vocab_size * (n_tokens if n_targets is None else n_targets) * width // 2,
+        head=LOGIT_BYTES[is_compiled(config)]
+        * model.vocab_size
+        * (n_tokens if n_targets is None else n_targets)
+        * width
+        // 2,
         backward=fixed + buckets + layer + (width * learns if summed != width else 0),
         update=fixed + (0 if offload else (summed + 4) * learns // n_gpus),
         recompute_layers=recompute_layers,
+        lean=lean,
         host=HOST_BYTES * learns // n_gpus if offload else 0,
     )
 
@@ -215,10 +231,11 @@ def predict(  # noqa: PLR0913 (the pack's numbers)
 def choose(
     what: str, model: ModelSpec, config: Mapping[str, Any], machine: Machine, *, asked: Policy, **pack: Any
 ) -> Use:
-    """The use with the fewest recomputed layers that fits, or the policy's; an error where none does."""
-    layers = model.num_hidden_layers
-    tried = {"none": [0], "full": [layers], "selective": range(layers + 1)}[asked]
-    uses = [predict(model, config, recompute_layers=n, n_gpus=machine.n_gpus, **pack) for n in tried]
+    """The use with the least recomputed that fits, or the policy's; an error where none does."""
+    layers, lean = model.num_hidden_layers, is_compiled(config)
+    tried = {"none": [(0, False)], "full": [(layers, False)]}.get(asked)
+    tried = tried or [(0, False), *((n, lean) for n in range(0 if lean else 1, layers + 1))]
+    uses = [predict(model, config, recompute_layers=n, lean=k, n_gpus=machine.n_gpus, **pack) for n, k in tried]
     use = next((use for use in uses if use.peak <= machine.budget), uses[-1])
     if use.peak > machine.budget:
         fixed = use.weights + use.gradients + use.states + use.buckets
@@ -259,6 +276,7 @@ def lines(uses: Mapping[str, Use], machine: Machine) -> list[str]:
         f"train/{name}: {use.peak / GIB:.2f} of {machine.budget / GIB:.1f} GiB of each GPU ("
         + ", ".join(f"{part} {getattr(use, part) / GIB:.2f}" for part in names)
         + f"), {use.recompute_layers} layers recomputed"
+        + (", lean" if use.lean else "")
         + (f", {use.host * machine.n_gpus / machine.n_hosts / GIB:.1f} GiB of each host" if use.host else "")
         for name, use in uses.items()
     ]

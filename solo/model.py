@@ -30,6 +30,7 @@ from solo.loader import NO_TARGET, Pack
 from solo.processor import SoloProcessor
 from solo.spec import ModelSpec, Tokens
 from solo.tokenizer import Tokenizer
+from solo.upload import upload
 
 
 class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -127,24 +128,29 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     def pack_losses(self, pack: Pack) -> Tensor:
         """(n_supervised,) fp32 cross entropies, at the positions with a target in ascending order."""
         at = (pack.targets != NO_TARGET).nonzero()[:, 0]
-        aimed = [t.to(self.lm_head.weight.device) for t in (at, pack.targets[at])]
+        aimed = [upload(t, self.lm_head.weight.device) for t in (at, pack.targets)]
         inputs = self._on_device(pack)
         # Weights that ranks hold in parts (ZeRO 3) are gathered module by module, which one graph would not do.
         if not self.lm_head.weight.is_cuda or hasattr(self.lm_head.weight, "ds_id"):
             return self._losses(*aimed, *inputs)
         if self._compiled is None:
             self._compiled = torch.compile(self._losses)
-        let_lengths_vary(*aimed, *inputs[2:4])
-        losses: Tensor = self._compiled(*aimed, *inputs)
+        let_lengths_vary(aimed[0], *inputs[2:4])
+        # The partitioner would keep whatever a matrix product of the backward pass reads; read where it compiles.
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=not self.model.lean):
+            losses: Tensor = self._compiled(*aimed, *inputs)
         return losses
 
     def _on_device(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor, Tensor, Mask]:
         """Ids, positions, pixels, their places, and who sees whom."""
         device = self.lm_head.weight.device
         where = (pack.patch_index >= 0).nonzero()[:, 0]  # (P,) found on the host: no wait for the GPU
-        pixels = pack.patches.to(device)[pack.patch_index[where].to(device)]
-        mask = lay_out(pack.document_ids.to(device), self.config.sliding_window)
-        return pack.input_ids.to(device), pack.position_ids.to(device), pixels, where.to(device), mask
+        patches = pack.patches
+        patches = upload(patches, device) if isinstance(patches, Tensor) else patches.to(device)
+        pixels = patches[upload(pack.patch_index[where], device)]
+        mask = lay_out(upload(pack.document_ids, device), self.config.sliding_window)
+        ids, positions, where = (upload(t, device) for t in (pack.input_ids, pack.position_ids, where))
+        return ids, positions, pixels, where, mask
 
     def _decode(self, input_ids: Tensor, position_ids: Tensor, pixels: Tensor, where: Tensor, mask: Mask) -> Tensor:
         """(n, d) from tensors on the model's device alone."""
@@ -152,8 +158,11 @@ class SoloForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         return out
 
     def _losses(self, at: Tensor, targets: Tensor, *inputs: Any) -> Tensor:
-        """What is compiled: from ids and pixels to losses."""
-        return F.cross_entropy(self.lm_head(self._decode(*inputs)[at]).float(), targets, reduction="none")
+        """What is compiled: from ids and pixels to losses, of the (n,) targets those `at` these places.
+
+        They are chosen here, as the hidden states are: of two lengths no graph could know that they are one.
+        """
+        return F.cross_entropy(self.lm_head(self._decode(*inputs)[at]).float(), targets[at], reduction="none")
 
     def forward(  # noqa: PLR0913 (Hugging Face's signature)
         self,

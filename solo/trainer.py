@@ -65,6 +65,7 @@ class Trainer:
             decode=self.stage.decode,
             max_damaged=self.stage.max_damaged,
         )
+        self.loader.pin = torch.cuda.is_available()
         self.n_steps = len(self.loader) // self.stage.batch_packs
         batches = pq.read_table(plan / "packs.parquet")["n_loss_tokens"].to_numpy()
         self.step_targets = batches.reshape(self.n_steps, self.stage.batch_packs).sum(1)
@@ -86,7 +87,7 @@ class Trainer:
         if self.stage.precision == "fp8":
             fp8.check_gpu(self.stage.name)
             fp8.convert(model)
-        model.model.recompute_layers = self._recompute_layers(int(batches.max()))
+        model.model.recompute_layers, model.model.lean = self._recomputed(int(batches.max()))
         model.train()
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.engine = engine.start(wrap(model), self.stage, task["deepspeed"])
@@ -94,11 +95,11 @@ class Trainer:
         if task["resume"]:
             self._load(Path(task["resume"]), int(task["first_step"]))
 
-    def _recompute_layers(self, n_targets: int) -> int:
-        """How many layers keep no activations, by the memory plan where there is a GPU to plan for."""
+    def _recomputed(self, n_targets: int) -> tuple[int, bool]:
+        """How many layers keep no activations, and whether the others keep few: the memory plan, for a GPU."""
         model, asked = self.shape, memory.policy()
         if not torch.cuda.is_available():
-            return model.num_hidden_layers if asked == "full" else 0
+            return model.num_hidden_layers if asked == "full" else 0, False
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         pack: dict[str, Any] = {"patch_px": self.patch_px, "n_tokens": self.stage.pack_tokens, "n_targets": n_targets}
         pack["frozen"] = memory.frozen_groups(self.stage)
@@ -107,7 +108,7 @@ class Trainer:
         self.planned = memory.choose(self.stage.name, model, self.task["deepspeed"], machine, asked=asked, **pack)
         if self.rank == 0:
             log.info("memory plan, GiB of a GPU: %s", json.dumps(self.planned.gib()))
-        return self.planned.recompute_layers
+        return self.planned.recompute_layers, self.planned.lean
 
     def run(self) -> bool:
         """Train to the last step; False when told to stop before it (a checkpoint is then complete)."""
@@ -227,7 +228,7 @@ class Trainer:
                 if len(done) + 1 == self.stage.batch_packs // self.n_ranks:
                     self.saver.release()  # the update comes next
                 step()
-                done.append((pack, losses.detach()))  # stays on the device: no wait for the GPU between packs
+                done.append((pack.bare(), losses.detach()))  # stays on the device: no wait for the GPU between packs
         found = [(pack, losses.double().cpu().numpy()) for pack, losses in done]
         rows = [trained.row(pack, losses, self.step) for pack, losses in found]
         self.rows += rows

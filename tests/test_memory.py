@@ -81,10 +81,18 @@ def test_as_few_layers_are_recomputed_as_fit() -> None:
     )
     full = memory.choose("s", SLICE, config, H100, asked="full", **PACK)
     uses = [memory.choose("s", SLICE, config, H100, asked="selective", n_targets=n, **PACK) for n in (15_000, 32_768)]
-    assert [u.recompute_layers for u in uses] == [0, 1] and full.recompute_layers == 8
+    uses.append(memory.choose("s", SLICE, config, Machine(int(62 * GIB)), asked="selective", **PACK))
+    assert [(u.recompute_layers, u.lean) for u in (*uses, full)] == [(0, False), (0, True), (3, True), (8, False)]
     assert all(u.peak <= H100.budget for u in (*uses, full))
     less = memory.predict(SLICE, config, recompute_layers=0, **PACK)
-    assert less.peak > H100.budget  # the guard: one layer fewer would not have fitted
+    assert less.peak > H100.budget  # the guard: what is less lean would not have fitted
+    less = memory.predict(SLICE, config, recompute_layers=2, lean=True, **PACK)
+    assert less.peak > Machine(int(62 * GIB)).budget  # nor one layer fewer
+
+
+def test_one_gibibyte_and_a_third_of_each_layer_is_made_again_where_it_is_lean() -> None:
+    """What torch 2.11's partitioner keeps of a compiled layer of this width, in bytes of its graph's outputs."""
+    assert [2 * 32_768 * memory.kept(SLICE, compiled=True, lean=lean) / GIB for lean in (False, True)] == [4.25, 2.875]
 
 
 def test_the_whole_model_fits_eight_gpus_or_one_with_its_optimizer_on_the_host() -> None:
