@@ -36,15 +36,16 @@ def bench_pack(as_json: Json = False) -> None:
 
 @app.command("train")
 def bench_train(
-    profile: Annotated[str, typer.Option(help="toy, h100-slice or h100-7b-offload.")] = "toy",
+    profile: Annotated[str, typer.Option(help="toy, gpu-toy, h100-slice or h100-7b-offload.")] = "toy",
     toy: Annotated[bool, typer.Option("--toy", help="The profile's way at a size for a CPU, in 20 steps.")] = False,
     log: Annotated[Path | None, typer.Option(help="Where the trainers' own lines go.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="A folder for a trace of one step and its kernels' table.")] = None,
     as_json: Json = False,
 ) -> None:
     """Tokens per second and MFU of the trainer, against Hugging Face's model in the same trainer."""
     from solo import bench_train as measured
 
-    _figures(measured.run(profile, log=log, toy=toy), as_json)
+    _figures(measured.run(profile, log=log, toy=toy, trace=trace), as_json)
 
 
 @app.command("filter")

@@ -64,6 +64,9 @@ def environment(ranks: int, device: Device, place: Place | None = None) -> dict[
         # Else gloo resolves the host name, which containers may lack.
         if interface := hosts.interface_of(place.address if place else "127.0.0.1"):
             env.setdefault("GLOO_SOCKET_IFNAME", interface)
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in env:
+        # Activations of a gigabyte come and go by the pack; between segments of fixed size they leave gaps as large.
+        env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if place:
         env["SOLO_HOST"] = f"{socket.gethostname()} ({place.address})"
     return env

@@ -1,13 +1,20 @@
 """bench train: both ways train the same function, and the figures are what their definitions say."""
 
+import gzip
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from tiny_stage import joined
+from torch._dynamo.utils import counters
 
-from solo import bench_train
-from solo.bench_train import PROFILES, WAYS, model_of
+from solo import bench_stage, bench_train
+from solo.bench_stage import model_of
+from solo.bench_train import PROFILES, WAYS
 
 TOY = replace(PROFILES["toy"], steps=2, batch_packs=1, n_packs=1)
 
@@ -15,11 +22,13 @@ TOY = replace(PROFILES["toy"], steps=2, batch_packs=1, n_packs=1)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("bench")
-    bench_train.prepare(TOY, folder)
+    bench_stage.prepare(TOY, folder)
     with joined():
+        torch._dynamo.reset()  # another file's test may have compiled the loss in this process
+        counters.clear()
         for way in WAYS:
-            (folder / f"{way}.json").write_text(json.dumps(bench_train.measure(TOY, way, folder)))
-    return bench_train.result(TOY, folder)
+            bench_stage.measure(TOY, way, folder, trace=folder)
+    return bench_stage.result(TOY, folder) | {"folder": folder}
 
 
 def test_hugging_face_and_solo_are_one_function(found: dict) -> None:
@@ -40,17 +49,54 @@ def test_the_figures_are_there(found: dict) -> None:
     )
 
 
+def test_a_trace_says_where_a_step_goes(found: dict) -> None:
+    for way in WAYS:
+        assert "aten::" in (found["folder"] / f"toy-{way}.txt").read_text()
+        with gzip.open(found["folder"] / f"toy-{way}.json.gz") as file:
+            assert len(json.load(file)["traceEvents"]) > 100
+
+
+def test_a_way_that_failed_leaves_the_others_figures(tmp_path: Path, found: dict) -> None:
+    """Its figures are not there; a folder with those of one is told as that one."""
+    for name in ("mix.json", "solo.json"):
+        (tmp_path / name).write_bytes((found["folder"] / name).read_bytes())
+    (tmp_path / "mix").symlink_to(found["folder"] / "mix")
+    alone = bench_stage.result(TOY, tmp_path)
+    assert alone["solo"] == found["solo"] and alone["machine"] == found["machine"]
+    assert not {"hugging_face", "ratio", "loss_difference"} & set(alone)
+
+
+LACKS = """
+import importlib.util, sys
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in ("deepspeed", "duckdb") else real(name, *a)
+sys.modules |= {"deepspeed": None, "duckdb": None}
+sys.argv = ["bench_train", "h100-slice"]
+from solo import bench_train
+sys.exit(bench_train.main())
+"""
+
+
+def test_all_missing_packages_are_told_at_once_with_the_remedy() -> None:
+    done = subprocess.run([sys.executable, "-c", LACKS], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert "lacks deepspeed, duckdb; " in done.stderr and "-d wheels duckdb; pip wheel --no-deps -w" in done.stderr, (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_mfu_counts_as_the_anchor_did() -> None:
     """48,449 tokens/s of 56 documents in one pack of 32,768 were 56.0 % of 989.4 TFLOP/s."""
     model = model_of(PROFILES["h100-slice"])
-    flops = bench_train.flops(model, 32, [585] * 56)
+    flops = bench_stage.flops(model, 32, [585] * 56)
     assert flops / 32_760 * 48_449 / 989.4e12 == pytest.approx(0.56, abs=0.005)
-    whole = bench_train.flops(model, 32, [32_768])
+    whole = bench_stage.flops(model, 32, [32_768])
     assert whole / 32_768 * 19_296 / 989.4e12 == pytest.approx(0.346, abs=0.004)  # one document: attention counts
 
 
 def test_an_unknown_profile_and_a_missing_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="profile is 'tyo'; choose one of toy, h100-slice, h100-7b-offload"):
+    with pytest.raises(ValueError, match="profile is 'tyo'; choose one of toy, gpu-toy, h100-slice, h100-7b-offload"):
         bench_train.run("tyo")
     small = bench_train.find("h100-7b-offload-toy")
     assert (small.deepspeed, small.precision, small.steps, small.ways) == ("offload.json", "fp32", 20, WAYS)
