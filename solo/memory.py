@@ -24,7 +24,7 @@ from solo.objective import GroupName
 from solo.spec import ModelSpec, RecipeSpec, Stage
 
 GIB = 2**30
-Policy = Literal["none", "selective", "full"]
+Policy = Literal["none", "lean", "selective", "full"]
 
 USABLE = 0.94  # of a GPU: what its allocator loses between blocks of a gigabyte
 CONTEXT_BYTES = GIB  # CUDA, cuBLAS and NCCL before the first tensor
@@ -128,7 +128,7 @@ def host_bytes() -> int:
 
 
 def policy() -> Policy:
-    """$SOLO_RECOMPUTE: which layers keep no activations; a setting of the machine, as the numbers are the same."""
+    """$SOLO_RECOMPUTE: what is computed twice; a setting of the machine, as the numbers are the same."""
     asked = os.environ.get("SOLO_RECOMPUTE", "selective")
     for known in get_args(Policy):
         if asked == known:
@@ -233,7 +233,7 @@ def choose(
 ) -> Use:
     """The use with the least recomputed that fits, or the policy's; an error where none does."""
     layers, lean = model.num_hidden_layers, is_compiled(config)
-    tried = {"none": [(0, False)], "full": [(layers, False)]}.get(asked)
+    tried = {"none": [(0, False)], "lean": [(0, lean)], "full": [(layers, False)]}.get(asked)
     tried = tried or [(0, False), *((n, lean) for n in range(0 if lean else 1, layers + 1))]
     uses = [predict(model, config, recompute_layers=n, lean=k, n_gpus=machine.n_gpus, **pack) for n, k in tried]
     use = next((use for use in uses if use.peak <= machine.budget), uses[-1])
@@ -285,7 +285,7 @@ def lines(uses: Mapping[str, Use], machine: Machine) -> list[str]:
 def _remedy(asked: Policy, config: Mapping[str, Any], machine: Machine) -> str:
     """What is left to try, the cheapest first."""
     zero = config["zero_optimization"]
-    if asked == "none":
+    if asked in ("none", "lean"):
         return "unset SOLO_RECOMPUTE, so that layers may be recomputed"
     left = ["use more GPUs", "a smaller pack_tokens"]
     if "offload_optimizer" not in zero:

@@ -4,8 +4,8 @@ In: a pack plan, the shards it names, the weights of the stage before. Out: `che
 `trained.parquet` (one row per pack), where steps were sick `sick.jsonl`, and, volatile, `metrics.jsonl`,
 `metrics.parquet`, `suspects.parquet` and `train.log`. Invariants: what was trained, with the documents left out as
 damaged, is the plan, pack by pack; a stage killed at any step and run again gives the bytes of an undisturbed run (same
-ranks, same kind of machine); no process outlives this one. No torch here: it costs two seconds, and the ranks load it
-anyway.
+ranks, same kind of machine; on a GPU its losses, as there the rows of ids sum their gradients in any order); no process
+outlives this one. No torch here: it costs two seconds, and the ranks load it anyway.
 """
 
 from __future__ import annotations

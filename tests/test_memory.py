@@ -84,6 +84,7 @@ def test_as_few_layers_are_recomputed_as_fit() -> None:
     uses.append(memory.choose("s", SLICE, config, Machine(int(62 * GIB)), asked="selective", **PACK))
     assert [(u.recompute_layers, u.lean) for u in (*uses, full)] == [(0, False), (0, True), (3, True), (8, False)]
     assert all(u.peak <= H100.budget for u in (*uses, full))
+    assert memory.choose("s", SLICE, config, H100, asked="lean", **PACK) == uses[1]
     less = memory.predict(SLICE, config, recompute_layers=0, **PACK)
     assert less.peak > H100.budget  # the guard: what is less lean would not have fitted
     less = memory.predict(SLICE, config, recompute_layers=2, lean=True, **PACK)
@@ -210,10 +211,10 @@ def test_a_machine_is_told_in_numbers(name: str, value: str, says: str, monkeypa
         Machine.from_env()
 
 
-def test_the_policy_is_one_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_policy_is_one_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.policy() == "selective"
     monkeypatch.setenv("SOLO_RECOMPUTE", "some")
-    with pytest.raises(ValueError, match="'some' is not known; choose one of none, selective, full"):
+    with pytest.raises(ValueError, match="'some' is not known; choose one of none, lean, selective, full"):
         memory.policy()
 
 
