@@ -59,7 +59,25 @@ class Slice:
 
     def copied(self) -> Slice:
         """The same numbers in memory of their own, on the host."""
-        return Slice(self.name, self.begin, {kind: t.to("cpu", copy=True) for kind, t in self.values.items()})
+        return Slice(self.name, self.begin, {kind: on_host(t) for kind, t in self.values.items()})
+
+
+def on_host(values: Tensor) -> Tensor:
+    """Numbers in one row, copied to memory of their own on the host.
+
+    From a GPU in pieces by way of pinned memory: into pageable memory the driver copies at 3 to 6 GB/s, whoever asks,
+    and the 24 GB of 2 billion parameters would hold up the next update for longer than a step.
+    """
+    if not values.is_cuda:
+        return values.to("cpu", copy=True)
+    found = torch.empty(values.shape, dtype=values.dtype)
+    pinned = torch.empty(min(len(values), CHUNK_BYTES // values.itemsize), dtype=values.dtype, pin_memory=True)
+    for at in range(0, len(values), len(pinned)):
+        piece = values[at : at + len(pinned)]
+        pinned[: len(piece)].copy_(piece, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        found[at : at + len(piece)] = pinned[: len(piece)]
+    return found
 
 
 @dataclass(frozen=True)

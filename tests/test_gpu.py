@@ -34,7 +34,6 @@ def test_a_stage_trains_and_its_loss_is_one_graph(file: str, tmp_path: Path, mon
 
 
 @pytest.mark.gpu
-@pytest.mark.gpu
 def test_a_stage_told_to_stop_goes_on_as_one_undisturbed(tmp_path: Path) -> None:
     """By the launcher, in bf16; losses, not bits: the rows of ids sum their gradients in any order on a GPU."""
     inputs = make_plan(tmp_path / "plan", 8)
@@ -50,3 +49,15 @@ def test_a_stage_told_to_stop_goes_on_as_one_undisturbed(tmp_path: Path) -> None
         losses[name] = {row["step"]: row["loss"] for row in rows}
     assert list(losses["stopped"]) == list(range(1, 9))
     assert losses["stopped"] == pytest.approx(losses["whole"], rel=0.02)
+
+
+@pytest.mark.gpu
+def test_numbers_come_to_the_host_as_they_are() -> None:
+    import torch
+
+    from solo import state
+
+    for n in (1, state.CHUNK_BYTES // 4, state.CHUNK_BYTES // 4 + 3):
+        numbers = torch.randn(n, device="cuda")
+        copied = state.on_host(numbers)
+        assert not copied.is_cuda and torch.equal(copied, numbers.cpu())
