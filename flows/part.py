@@ -22,7 +22,7 @@ from prefect.context import TaskRunContext
 from prefect.states import Failed
 
 from flows import elsewhere as away
-from solo import line, pages
+from solo import handover, line, pages
 from solo.artifact import RECORD, Artifact
 from solo.line import Node, Ref, Settings
 
@@ -76,15 +76,30 @@ def through_flow(part: str, inner: Any) -> Any:  # noqa: ANN401 - a Flow and a T
         if elsewhere is None:
             state = inner(**parameters, return_state=True)
             return cast(Made, state.result()) if state.is_completed() else Failed(message=state.message)
-        state = away.run(elsewhere, parameters)
-        if not state.is_completed():
-            return Failed(message=f"{elsewhere}: {state.message}")
-        settings = Settings.from_env()
-        if not line.intact(Node(**node), refs_of(inputs), settings):
-            return Failed(message=f"{elsewhere} completed, but {settings.root} lacks its artifact; share the data root")
-        return cast(Made, build(node, inputs, False)) | {"ran": True}
+        try:
+            failed = _handed(elsewhere, parameters)
+        except ValueError as error:  # of the store
+            failed = Failed(message=str(error))
+        return failed or cast(Made, build(node, inputs, False)) | {"ran": True}
 
     return part_task(part, run)
+
+
+def _handed(deployment: str, parameters: dict[str, Any]) -> State | None:
+    """Have a part made by a deployment's run; the state of what went wrong, None once the artifact is here."""
+    node, refs, settings = Node(**parameters["node"]), refs_of(parameters["inputs"]), Settings.from_env()
+    fingerprint = line.fingerprint(node, refs)
+    if not parameters["force"] and handover.take(node, fingerprint, settings):
+        return None
+    handover.give(refs, settings)
+    state = away.run(deployment, parameters)
+    if not state.is_completed():
+        return Failed(message=f"{deployment}: {state.message}")
+    handover.take(node, fingerprint, settings)
+    if line.intact(node, refs, settings):
+        return None
+    share = "share the data root, or set SOLO_STORE on both machines"
+    return Failed(message=f"{deployment} completed, but {settings.root} lacks its artifact; {share}")
 
 
 def publish(recipe: str, part: str, artifacts: Sequence[Artifact], inputs: dict[str, Artifact]) -> UUID:

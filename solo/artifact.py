@@ -17,14 +17,17 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    from solo.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,12 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+    url: str | None = None  # where its files are, if they lie in a store and not in the folder
+
+    @property
+    def place(self) -> str:
+        """Where its files are."""
+        return self.url or str(self.path.resolve())
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class Job:
     workers: int
     progress: Callable[[str], None] = field(default=log.info, compare=False)
     where: Mapping[str, Any] = field(default_factory=dict, compare=False)  # spec fields that bear no identity
+    store: Store | None = field(default=None, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -151,6 +161,11 @@ def combined_sha256(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(b"".join(f"{name}\0{digests[name]}\n".encode() for name in sorted(digests))).hexdigest()
 
 
+def content_digest(files: Sequence[Mapping[str, Any]]) -> str:
+    """The digest of an artifact, of its manifest's files."""
+    return hashlib.sha256(canonical([[f["path"], f["sha256"]] for f in files if "volatile" not in f])).hexdigest()
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write aside, flush to disk, rename: a reader sees the old file or the new one, never a piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,8 +212,7 @@ def make(job: Job, run: Callable[[Job], Result], *, force: bool = False) -> tupl
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # A worker re-imports the main script; without this line it would wait for the lock its parent holds.
         raise RuntimeError("a script that makes artifacts needs `if __name__ == '__main__':` around its work")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(job):
+    with alone(out, f"{job.part}/{job.name}", job.progress):
         if not force and damage(out) is None:
             manifest = read_manifest(out)
             assert manifest is not None
@@ -215,13 +229,14 @@ def make(job: Job, run: Callable[[Job], Result], *, force: bool = False) -> tupl
 
 
 @contextmanager
-def _alone(job: Job) -> Iterator[None]:
+def alone(folder: Path, what: str, say: Callable[[str], None] = log.info) -> Iterator[None]:
     """Hold the lock on an artifact's folder; a wait for another run is said."""
-    lock = FileLock(job.out.with_name(f".{job.out.name}.lock"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=SAY_S)
     except Timeout:
-        job.progress(f"{job.part}/{job.name}: another run is making it; waits for that one to end")
+        say(f"{what}: another run is making it; waits for that one to end")
         lock.acquire()
     try:
         yield
@@ -251,7 +266,6 @@ def seal(job: Job, result: Result, *, seconds: float) -> Manifest:
         if any(fnmatch.fnmatch(name, pattern) for pattern in result.volatile):
             entry["volatile"] = True
         files.append(entry)
-    content = [[f["path"], f["sha256"]] for f in files if "volatile" not in f]
     manifest = Manifest(
         part=job.part,
         name=job.name,
@@ -259,7 +273,7 @@ def seal(job: Job, result: Result, *, seconds: float) -> Manifest:
         version=job.version,
         spec=job.spec,
         inputs=job.input_digests,
-        digest=hashlib.sha256(canonical(content)).hexdigest(),
+        digest=content_digest(files),
         files=files,
         counts={"in": result.n_in, "kept": result.n_kept, "dropped": dict(sorted(result.dropped.items()))},
         stats=result.stats,

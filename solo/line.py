@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from solo import artifact, location
+from solo import artifact, handover, location
 from solo.artifact import Artifact, Job, Manifest, Result
 from solo.plugin import resolve
 from solo.spec import BenchmarkSpec, MixSpec, RecipeSpec, SourceSpec, SpecError, load
+from solo.store import Store
 
 Part = Literal["acquire", "filter", "shard", "curate", "pack", "train", "evaluate", "report"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -32,10 +33,11 @@ class Settings:
     root: Path
     specs: Path
     workers: int
+    store: Store | None = None
 
     @classmethod
     def from_env(cls) -> Settings:
-        """$SOLO_ROOT, $SOLO_SPECS and $SOLO_WORKERS, with defaults inside the checkout and all cores."""
+        """$SOLO_ROOT, $SOLO_SPECS, $SOLO_WORKERS and $SOLO_STORE, with defaults inside the checkout and all cores."""
         workers = os.environ.get("SOLO_WORKERS", str(os.cpu_count() or 1))
         if not workers.isdigit() or int(workers) < 1:
             raise ValueError(f"SOLO_WORKERS is {workers!r}; give a whole number of processes, 1 or more")
@@ -43,6 +45,7 @@ class Settings:
             root=Path(os.environ.get("SOLO_ROOT", CHECKOUT / ".solo" / "data")).resolve(),
             specs=Path(os.environ.get("SOLO_SPECS", CHECKOUT / "datasets_spec")).resolve(),
             workers=int(workers),
+            store=Store.from_env(),
         )
 
 
@@ -222,16 +225,17 @@ def make_node(
         name=node.name,
         version=node.version,
         spec=node.spec,
-        inputs={i: inputs[i].open(settings.root) for i in node.inputs},
+        inputs={i: handover.opened(node, inputs[i], settings) for i in node.inputs},
         root=settings.root,
         specs=settings.specs,
         workers=settings.workers,
         where=node.where,
+        store=settings.store,
     )
     module = _module(node.part)
     run: Callable[..., Result] = module.run
     make: Callable[..., tuple[Artifact, bool]] = getattr(module, "made", artifact.make)
-    made, ran = make(job, lambda j: run(j, **hooks), force=force)
+    made, ran = handover.make(job, lambda: make(job, lambda j: run(j, **hooks), force=force), force=force)
     return Ref(node.id, made.manifest.fingerprint, made.manifest.digest), ran
 
 

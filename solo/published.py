@@ -21,6 +21,7 @@ class File:
     size: int | None = None
     sha256: str | None = None
     git: str | None = None  # id of its git blob, where that is all that the commit says
+    amiss: str | None = None  # what to do where it is not there as pinned, if that is not to correct the pin
 
 
 @dataclass(frozen=True)

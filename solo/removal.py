@@ -106,11 +106,11 @@ def apply(settings: Settings, *, checkpoints: bool = False, say: Callable[[str],
         part = place.split("/")[0]
         if part == BENCHMARKS or (part == UNFORGETTING and not checkpoints):
             continue
-        say(f"{place}: {_remove(settings.root, place, sorted({h.file for h in found.held if h.place == place}))}")
+        say(f"{place}: {_remove(settings, place, sorted({h.file for h in found.held if h.place == place}))}")
     for row in found.saw if checkpoints else ():
         if row["is_there"]:
             place = f"{UNFORGETTING}/{row['stage']}/{row['fingerprint']}"
-            say(f"{place}: {_remove(settings.root, place, [])}")
+            say(f"{place}: {_remove(settings, place, [])}")
     shown.note(settings.root, found.held)  # up to now, also if a run showed something meanwhile
 
 
@@ -168,8 +168,9 @@ def _merge(path: Path, rows: dict[str, Any]) -> None:
         write_atomic(path, json.dumps(dict(sorted((known | rows).items())), indent=1).encode())
 
 
-def _remove(root: Path, place: str, files: Sequence[str]) -> str:
+def _remove(settings: Settings, place: str, files: Sequence[str]) -> str:
     """Remove an artifact as a whole, or single files of a cache, unless a run is at work on it; what was done."""
+    root = settings.root
     folder, parts = root / place, place.split("/")
     if parts[0] == DOWNLOADS:
         return _remove_copy(root, folder)
@@ -182,6 +183,8 @@ def _remove(root: Path, place: str, files: Sequence[str]) -> str:
         return "removed"
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            if settings.store:
+                settings.store.remove(place)
             artifact.remove(folder)
     except Timeout:
         return "NOT removed, a run is at work on it; run this again afterwards"

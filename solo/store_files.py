@@ -34,10 +34,8 @@ def listed(want: Asked) -> list[File]:
         store.invalidate_cache()
         entries: dict[str, dict[str, Any]] = store.find(root, detail=True)
     except Exception as error:  # clients raise what their libraries do
-        failed = _failed(error)
-        raise ValueError(
-            f"{want.source}: {want.location} cannot be listed: {failed.detail}; {_remedy(failed)}"
-        ) from None
+        end = failed(error)
+        raise ValueError(f"{want.source}: {want.location} cannot be listed: {end.detail}; {remedy(end)}") from None
     sizes = {path.removeprefix(root).lstrip("/"): int(entry["size"]) for path, entry in entries.items()}
     names = chosen(sorted(sizes), want)
     if not names:
@@ -66,7 +64,7 @@ def opener(want: Asked) -> Opener:
                 data = store.cat_file(path, start=start, end=min(start + BLOCK_BYTES, total))
                 now = stamp(path) if start + len(data) >= total else seen
             except Exception as error:  # clients raise what their libraries do
-                raise _failed(error) from None
+                raise failed(error) from None
             if not data:
                 raise Failed("connection", None, "the store sends no bytes")
             if now != seen:
@@ -79,13 +77,13 @@ def opener(want: Asked) -> Opener:
         try:
             now, total = stamp(path), int(store.info(path)["size"])
         except Exception as error:  # as above
-            raise _failed(error) from None
+            raise failed(error) from None
         return Answer(start, total, now, parts(path, start, total, now))
 
     return opened
 
 
-def _failed(error: Exception) -> Failed:
+def failed(error: Exception) -> Failed:
     """A client's exception as a status; its text may hold what was signed, so only its kind is told."""
     kind = type(error).__name__
     if isinstance(error, FileNotFoundError):
@@ -95,7 +93,8 @@ def _failed(error: Exception) -> Failed:
     return Failed("timeout" if isinstance(error, TimeoutError) else "connection", None, f"the store failed ({kind})")
 
 
-def _remedy(failed: Failed) -> str:
+def remedy(failed: Failed, setting: str = "acquire.location") -> str:
+    """What a user can do about it; `setting` is where the URL was read."""
     if failed.status == "http_404":
-        return "correct acquire.location"
+        return f"correct {setting}"
     return LOGIN if failed.status == "http_4xx" else "try again later, or correct AWS_ENDPOINT_URL"

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, devices, fp8, hosts, launch, memory, realised, sick, start, suspects, track, trained
+from solo import checkpoint, devices, fp8, hosts, launch, memory, mirror, realised, sick, start, suspects, track, trained
 from solo import metrics as metrics_table
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.hostfile import Hostfile
@@ -103,6 +103,7 @@ def run(
             memory.of_stage(stage, ModelSpec.model_validate(job.spec["model"]), machine, **pack)
     fp8.check_machine(stage, n_gpus)
     if not (job.out / "checkpoint").is_dir():  # made last: where it is, only the manifest is missing
+        mirror.bring(job)
         task = _task(job, stage, device=device, ranks=ranks)
         with track.follow(job, on_metric) as tell:
             tell_sick = partial(_tell_sick, job, task, on_sick)
@@ -214,7 +215,7 @@ def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, An
         "deepspeed": deepspeed_config(deepspeed_file(device), stage, ranks),
         "plan": str(plan),
         "plan_digest": job.one("pack").manifest.digest,
-        "shards": {name: str(shard.path.resolve()) for name, shard in sorted(job.of("shard").items())},
+        "shards": {name: shard.place for name, shard in sorted(job.of("shard").items())},
         "held_out_every_steps": job.spec.get("held_out_every_steps"),
         **start.of(job),
         "resume": str(found.path) if found else None,
@@ -232,7 +233,7 @@ def _train(job: Job, task: dict[str, Any], watch: Watch, *, ranks: int, device: 
         job.progress(f"goes on after step {task['first_step']}/{watch.n_steps} from {task['resume']}")
     code, n_hosts = 0, hosts.count()
     try:
-        with launch.sigterm_raises():
+        with launch.sigterm_raises(), mirror.kept(job):
             code = launch.run(
                 job_file, watch, ranks=ranks // n_hosts, device=device, n_hosts=n_hosts, root=job.root.resolve()
             )

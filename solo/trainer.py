@@ -56,7 +56,7 @@ class Trainer:
         self.rank, self.n_ranks = dist.get_rank(), dist.get_world_size()
         self.work, self.out = Path(task["work"]), Path(task["out"])
         tokens = Tokens.model_validate(task["tokens"])
-        plan, shards = Path(task["plan"]), {s: Path(p) for s, p in task["shards"].items()}
+        plan, shards = Path(task["plan"]), task["shards"]
         self.loader = PackLoader(
             plan,
             shards,

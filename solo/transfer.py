@@ -28,6 +28,7 @@ GAIN_BYTES = 1 << 20  # that an attempt must bring not to count as one that fail
 RATE_S, RATE_BYTES = 30.0, 30 << 10  # a connection that brings less in this time is given up for another
 SPARE_BYTES = 256 << 20  # of the disk, that stay free
 ROOM_EVERY_BYTES = 64 << 20
+ALTERED = ("http_404", "hash_mismatch")
 
 
 class Broken(ValueError):
@@ -127,7 +128,8 @@ def fetch(
             if failed.status not in TRANSIENT:
                 if failed.status == "hash_mismatch":
                     half.restart()
-                raise Broken(f"{what}: {failed.detail}; {remedy(failed)}") from None
+                mend = file.amiss if file.amiss and failed.status in ALTERED else remedy(failed)
+                raise Broken(f"{what}: {failed.detail}; {mend}") from None
             failures = 1 if half.n - before >= GAIN_BYTES else failures + 1
             if failures >= TRIES:
                 here = f"run again, it goes on from {size(half.n)}"
@@ -143,7 +145,8 @@ def fetch(
         half.restart()
         anew = True  # what was put together of several connections gets one try more, in one piece if that can be
         if not joined:
-            raise Broken(f"{what}: {wrong}; fetch it from where the pinned bytes are, or correct the pin")
+            mend = file.amiss or "fetch it from where the pinned bytes are, or correct the pin"
+            raise Broken(f"{what}: {wrong}; {mend}")
 
 
 def _go_on(half: Half, opened: Opener, what: str, stop: threading.Event, told: Callable[[int], None]) -> None:
@@ -189,9 +192,8 @@ def _check(half: Half, answer: Answer, what: str, told: Callable[[int], None]) -
             )
     listed = half.file.size
     if listed is not None and answer.total is not None and answer.total != listed:
-        raise _dropped(
-            half, told, f"{what}: its server announces {answer.total} bytes, {listed} are listed; correct the pin"
-        )
+        mend = half.file.amiss or "correct the pin"
+        raise _dropped(half, told, f"{what}: its server announces {answer.total} bytes, {listed} are listed; {mend}")
     if answer.start != half.n:
         told(-half.n)
         half.restart()

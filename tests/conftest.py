@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     line = ("SOLO_ROOT", "SOLO_SPECS", "SOLO_WORKERS", "SOLO_RANKS", "SOLO_DEEPSPEED", "SOLO_HOSTS")
-    for name in (*line, "SOLO_DISTRIBUTOR", "SOLO_MACHINES", "SOLO_IMAGES"):
+    for name in (*line, "SOLO_DISTRIBUTOR", "SOLO_MACHINES", "SOLO_IMAGES", "SOLO_STORE"):
         monkeypatch.delenv(name, raising=False)
 
 
