@@ -3,21 +3,22 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
-import tiny
+from tiny_stage import EVERY, make_job, make_plan, one_rank
 
-from solo import artifact, checkpoint, handover, line, mirror, patience, transfer
+from solo import artifact, checkpoint, handover, line, mirror, patience, train, transfer
 from solo.artifact import Artifact, Job, Result
 from solo.line import Node, Ref, Settings
 from solo.store import COMING, Damaged, Store, Unreachable
@@ -270,101 +271,84 @@ def test_checkpoints_are_kept_as_here_and_the_newest_whole_one_is_brought(
     assert caplog.text.count("training goes on, its checkpoints are here alone") == 1
 
 
-# The rest is three machines: they have the checkout and a bucket, and no folder in common.
-EPOCHS = 8.0
+# The rest is machines that have the checkout and a bucket, and no folder in common.
+N_STEPS = 24
 TRAIN = """
-import json, logging, sys
+import json, sys
 from pathlib import Path
 from solo import line, mirror
 from solo.line import Node, Ref, Settings
-logging.basicConfig(level=logging.INFO)
 mirror.POLL_S = 0.05
 asked = json.loads(Path(sys.argv[1]).read_text())
-refs = {i: Ref(**r) for i, r in asked["inputs"].items()}
-ref, ran = line.make_node(Node(**asked["node"]), refs, Settings.from_env())
+line.make_node(Node(**asked["node"]), {i: Ref(**r) for i, r in asked["inputs"].items()}, Settings.from_env())
 """
 
 
-@pytest.fixture(scope="module")
-def specs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny.write_specs(tmp_path_factory.mktemp("specs"))
-    tiny.edit(folder, "mixes/toy.yaml", sources=[{"source": s, "epochs": EPOCHS} for s in ("toy-pictures", "toy-text")])
-    return folder
+def copied(root: Path, own: Artifact) -> Artifact:
+    """A plan or shards made by hand, as an artifact of this root."""
+
+    def run(job: Job) -> Result:
+        ignore = shutil.ignore_patterns("manifest.json")
+        shutil.copytree(own.path, job.out, ignore=ignore, dirs_exist_ok=True)
+        n = own.manifest.counts["in"]
+        return Result(n, n, {}, {})
+
+    m = own.manifest
+    return artifact.make(Job(m.part, m.name, 1, m.spec, {}, root, root, 1), run)[0]
 
 
-@pytest.fixture(scope="module")
-def made_here(specs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Settings, dict[str, Any]]]:
-    """The machine of the recipe: all up to the stage, trained here too, undisturbed."""
-    settings, refs = Settings(tmp_path_factory.mktemp("here"), specs, 1), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SOLO_RANKS", "1")
-        for node in line.select(line.nodes("toy", specs, settings.root), "train"):
-            refs[node.id] = line.make_node(node, refs, settings)[0]
-    yield settings, refs
-
-
-def node_of(specs: Path, part: str) -> Node:
-    return next(n for n in line.nodes("toy", specs) if n.part == part)
+def ref_of(made: Artifact) -> Ref:
+    return Ref(made.manifest.id, made.manifest.fingerprint, made.manifest.digest)
 
 
 def test_a_stage_killed_on_one_machine_goes_on_at_another_with_the_same_bytes(
-    made_here: tuple[Settings, dict[str, Ref]],
-    specs: Path,
-    s3: Store,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    s3: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    here, refs = made_here
-    node, truth = node_of(specs, "train"), refs["train/toy-stage"].open(here.root)
-    inputs = {i: refs[i] for i in node.inputs}
+    recipe = Settings(tmp_path / "recipe", tmp_path, 1, s3)
+    inputs = {i: copied(recipe.root, own) for i, own in make_plan(tmp_path / "plan", N_STEPS).items()}
+    job, refs = make_job(tmp_path / "calm", inputs), {i: ref_of(own) for i, own in inputs.items()}
+    with one_rank() as run:
+        run(job)
+    truth = artifact.make(job, train.run)[0]  # its ranks have done all
+    node = Node("train", "tiny", train.VERSION, job.spec, tuple(inputs))
+    fingerprint = line.fingerprint(node, refs)
     monkeypatch.setenv("SOLO_RANKS", "1")
-    there = Settings(tmp_path / "there", specs, 1, s3)
-    with pytest.raises(ValueError, match=r"pack/toy/\w+: is not there, nor is it in .*; set SOLO_STORE where"):
-        line.make_node(node, inputs, there)
-    recipe = replace(here, root=tmp_path / "recipe", store=s3)  # as `here` before the stage
-    recipe.root.mkdir()
-    for part in ("shard", "pack"):
-        (recipe.root / part).symlink_to(here.root / part)
-    handover.give(inputs, recipe)
-    assert not handover.take(node, line.fingerprint(node, inputs), recipe)
+    there = replace(recipe, root=tmp_path / "there")
+    with pytest.raises(ValueError, match=r"/\w+/\w+: is not there, nor is it in .*; set SOLO_STORE where"):
+        line.make_node(node, refs, there)
+    assert not handover.take(node, fingerprint, recipe)
+    handover.give(refs, recipe)
 
-    asked = tmp_path / "asked.json"
-    asked.write_text(json.dumps({"node": node.__dict__, "inputs": {i: r.__dict__ for i, r in inputs.items()}}))
-    env = os.environ | {"SOLO_STORE": s3.url, "SOLO_SPECS": str(specs), "SOLO_ROOT": str(there.root)}
-    log = (tmp_path / "log").open("wb")
-    process = subprocess.Popen([sys.executable, "-c", TRAIN, str(asked)], env=env, stderr=log, start_new_session=True)
-    place = f"train/toy-stage/{line.fingerprint(node, inputs)}"
-    deadline = time.monotonic() + 90
+    asked, log = tmp_path / "asked.json", tmp_path / "log"
+    asked.write_text(json.dumps({"node": asdict(node), "inputs": {i: asdict(ref) for i, ref in refs.items()}}))
+    env = os.environ | {"SOLO_STORE": s3.url, "SOLO_SPECS": str(tmp_path), "SOLO_ROOT": str(there.root)}
+    command = [sys.executable, "-c", TRAIN, str(asked)]
+    process = subprocess.Popen(command, env=env, stderr=log.open("wb"), start_new_session=True)
+    place, deadline = f"train/tiny/{fingerprint}", time.monotonic() + 90
     while len(mirror._whole(s3.listed(f"{place}/.work/checkpoints"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.02)
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert s3.manifest(place) is None
-    assert not list(there.root.glob("shard/*/*/")) and list(there.root.glob("pack/toy/*/packs.parquet"))
+    assert not (there.root / "shard").exists() and list(there.root.glob("pack/tiny/*/packs.parquet"))
 
     caplog.set_level(logging.INFO, "solo")
     again = replace(there, root=tmp_path / "again")
-    ref, ran = line.make_node(node, inputs, again)
-    assert ran and ref == refs[node.id]  # its digest too
+    ref, ran = line.make_node(node, refs, again)
     done = ref.open(again.root)
-    assert artifact.damage(done.path, deep=True) is None
+    assert ran and ref.digest == truth.manifest.digest and artifact.damage(done.path, deep=True) is None
     steps = [json.loads(row)["step"] for row in (done.path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, truth.manifest.stats["n_steps"] + 1))
+    assert steps == list(range(1, N_STEPS + 1))
     assert done.manifest.stats["loss_first"] == truth.manifest.stats["loss_first"]
-    went_on = [r.getMessage() for r in caplog.records if r.getMessage().startswith("goes on after step ")]
-    assert len(went_on) == 1 and not went_on[0].startswith("goes on after step 0")
-    assert not [name for name in s3.listed(place) if name.startswith(".work")]
+    (went_on,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("goes on after step ")]
+    assert int(went_on.removeprefix("goes on after step ").partition("/")[0]) >= EVERY
+    assert set(s3.listed(place)) == {*(f["path"] for f in done.manifest.files), "manifest.json"}
 
-    # Where the recipe runs it comes, whole; and to a third machine, that is asked for a score.
-    assert handover.take(node, ref.fingerprint, recipe) and line.intact(node, inputs, recipe)
-    plan = line.plan(line.select(line.nodes("toy", specs, again.root), "train"), again)
-    assert {p.name: p.action for p in plan if p.part == "shard"} == dict.fromkeys(
-        ("toy-pictures", "toy-text"), "unknown"
-    )
-    third = replace(there, root=tmp_path / "third")
-    before = handover.opened(node_of(specs, "evaluate"), ref, third)
-    assert artifact.damage(before.path, deep=True) is None and before.manifest.digest == ref.digest
-    again_ref, ran = line.make_node(node, inputs, replace(there, root=tmp_path / "fourth"))
-    assert again_ref == ref and not ran  # nothing is trained twice
+    # Where the recipe runs it comes whole, as it does to a machine that is asked for a score; nothing is trained twice.
+    assert handover.take(node, fingerprint, recipe) and line.intact(node, refs, recipe)
+    scores = Node("evaluate", "tiny", 1, {}, (ref.id,))
+    before = handover.opened(scores, ref, replace(there, root=tmp_path / "third"))
+    assert artifact.damage(before.path, deep=True) is None and bytes_of(before.path) == bytes_of(done.path)
+    assert line.make_node(node, refs, replace(there, root=tmp_path / "fourth")) == (ref, False)
+    assert [p.action for p in line.plan([node], again)] == ["unknown"]  # shards in the store alone are not here
