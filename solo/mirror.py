@@ -46,6 +46,7 @@ def bring(job: Job) -> None:
             continue
         for half in root.glob(".step-*.coming"):
             shutil.rmtree(half)
+        write_atomic(root / checkpoint.LATEST, f"{folder.name}\n".encode())
         if said := job.store.read(f"{place}/{LOG}"):  # the metrics of the steps before it
             write_atomic(job.out / LOG, said)
         job.progress(f"{job.part}/{job.name}: {folder.name}, {size(n_bytes)}, from {job.store.where(place)}")

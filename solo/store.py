@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +30,20 @@ from solo.patience import Stopped, patiently
 from solo.published import File
 from solo.shards import check_protocol
 
+log = logging.getLogger(__name__)
+
 SETTING = "SOLO_STORE"
 COMING = ".coming.json"  # the manifest of what is being put: says what the objects are that lie there already
 PROBE = ".solo"  # an empty object that is written to see whether that can be done
 FILES_AT_ONCE = 8
+SAY_S = 30.0
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# s3fs would hold ten pieces of 50 MB of each file.
+OPTIONS: Mapping[str, dict[str, Any]] = {
+    "file": {"auto_mkdir": True},
+    "s3": {"max_concurrency": 2},
+    "s3a": {"max_concurrency": 2},
+}
 T = TypeVar("T")
 
 
@@ -69,8 +79,7 @@ class Store:
         """The client, and what its paths begin with."""
         from fsspec.core import url_to_fs
 
-        options = {"auto_mkdir": True} if self.url.startswith(("file://", "local://")) else {}
-        files, root = url_to_fs(self.url, **options)
+        files, root = url_to_fs(self.url, **OPTIONS.get(self.url.partition("://")[0], {}))
         return files, root.rstrip("/")
 
     def where(self, name: str) -> str:
@@ -143,7 +152,7 @@ class Store:
             self._ask(to, lambda: files.put_file(str(folder / name), f"{root}/{to}"))
 
         lacking = sorted(wanted.keys() - here)
-        _each(send, lacking)
+        _each(send, lacking, f"{self.where(place)}: put")
         self.write(f"{place}/{MANIFEST}", raw)
         self._delete(place, [COMING])
         return sum(wanted[name][0] for name in lacking)
@@ -191,7 +200,7 @@ class Store:
             transfer.fetch(file, opened, aside / name, what=what, stop=given_up, told=lambda n: None)
 
         try:
-            _each(fetch, lacking)
+            _each(fetch, lacking, f"{self.where(place)}: got")
         except transfer.Later:
             raise
         except transfer.Broken as error:
@@ -242,13 +251,17 @@ def _is(path: Path, entry: Mapping[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == entry["bytes"] and file_sha256(path) == entry["sha256"]
 
 
-def _each(act: Callable[[T, threading.Event], None], items: Sequence[T]) -> None:
+def _each(act: Callable[[T, threading.Event], None], items: Sequence[T], what: str) -> None:
     """Do it to each item in threads; the first failure, also of who waits, keeps the others from beginning."""
     given_up = threading.Event()
     with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="store") as pool:
         try:
             futures = [pool.submit(act, item, given_up) for item in items]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            while True:
+                done, pending = wait(futures, SAY_S, FIRST_EXCEPTION)
+                if not pending or any(future.exception() for future in done):
+                    break
+                log.info("%s %d of %d files", what, len(done), len(items))
         finally:
             given_up.set()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -25,7 +25,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from solo import checkpoint, devices, fp8, hosts, launch, memory, mirror, realised, sick, start, suspects, track, trained
+from solo import (
+    checkpoint,
+    devices,
+    fp8,
+    hosts,
+    launch,
+    memory,
+    mirror,
+    realised,
+    sick,
+    start,
+    suspects,
+    track,
+    trained,
+)
 from solo import metrics as metrics_table
 from solo.artifact import Job, Result, canonical, write_atomic
 from solo.hostfile import Hostfile

@@ -1,6 +1,7 @@
 """A real worker and two homes: cancel leaves a checkpoint and no process, a rerun goes on; homes do not collide."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import tiny
 from conftest import clean_env, settings_of
 
-from solo import checkpoint
+from solo import artifact, checkpoint
 from solo.line import CHECKOUT
 
 MANY = 15.0  # epochs: a stage that a fast machine is still training when the cancel arrives
@@ -125,7 +126,8 @@ def gpu_pool(second: Second) -> Iterator[dict[str, str]]:
     second.prefect("--no-prompt", "deploy", "--prefect-file", "infra/gpu.yaml", "--all")
     second.api("v2/concurrency_limits/", {"name": "gpu", "limit": 1})
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "solo-gpu", "--type", "process"]
-    env, out = second.env | {"SOLO_GPU_LIMIT": "gpu"}, (second.home / "gpu.log").open("ab")
+    store = {"SOLO_STORE": f"file://{second.base}/store"}
+    env, out = second.env | {"SOLO_GPU_LIMIT": "gpu"} | store, (second.home / "gpu.log").open("ab")
     worker = subprocess.Popen(command, cwd=CHECKOUT, env=env, stdout=out, stderr=out)
     yield {"SOLO_TRAIN_DEPLOYMENT": "train/gpu"}
     worker.terminate()
@@ -240,6 +242,22 @@ def test_three_spikes_in_an_hour_are_events_that_cancel_the_stage(second: Second
     assert {e["resource"]["prefect.resource.id"] for e in seen} == {"solo.stage.tiny"}
     assert sorted(e["payload"]["step"] for e in seen) == [11, 12, 13]
     assert seen[0]["payload"]["n_documents"] == 5 and seen[0]["payload"]["worst"] == event["worst"]
+
+
+@pytest.mark.timeout(300)
+def test_a_recipe_and_a_pool_that_share_nothing_but_a_store(second: Second, gpu_pool: dict[str, str]) -> None:
+    """The pool has the stage of the test before, if that ran; where it is known to nobody, test_store.py trains it."""
+    store, other = second.base / "store", second.base / "other"
+    shutil.rmtree(store, ignore_errors=True)
+    env = gpu_pool | {"SOLO_STORE": f"file://{store}", "SOLO_ROOT": str(other)}
+    state = second.ended(second.start(**env), within_s=200)
+    assert state["type"] == "COMPLETED", (state, (second.home / "gpu.log").read_text()[-3000:])
+    (ours,) = other.glob("train/toy-stage/*/manifest.json")
+    theirs = second.base / "root" / ours.relative_to(other)
+    assert ours.read_bytes() == theirs.read_bytes() and artifact.damage(ours.parent, deep=True) is None
+    found = sorted(path.relative_to(store).parts[:2] for path in store.glob("*/*/*/manifest.json"))
+    assert found == [("pack", "toy"), ("shard", "toy-pictures"), ("shard", "toy-text"), ("train", "toy-stage")]
+    assert not list(store.glob("*/*/*/.work"))
 
 
 def test_a_failed_run_is_retried_once_its_cause_is_mended(second: Second) -> None:
