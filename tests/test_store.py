@@ -18,7 +18,7 @@ import fsspec
 import pytest
 from tiny_stage import EVERY, make_job, make_plan, one_rank
 
-from solo import artifact, checkpoint, handover, line, mirror, patience, train, transfer
+from solo import artifact, checkpoint, handover, line, mirror, patience, removal, train, transfer
 from solo.artifact import Artifact, Job, Result
 from solo.line import Node, Ref, Settings
 from solo.store import COMING, Damaged, Store, Unreachable
@@ -204,6 +204,15 @@ def test_a_store_or_a_disk_that_cannot_take_it_is_one_line_with_the_remedy(
             Settings.from_env()
     monkeypatch.setenv("SOLO_STORE", "")
     assert Settings.from_env().store is None
+
+
+def test_what_a_takedown_removes_here_it_removes_there(tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "root", tmp_path, 1, Store(f"file://{tmp_path}/store"))
+    own, other = (made(settings.root, FILES, name) for name in ("toy", "other"))
+    handover.give({"shard/toy": ref_of(own), "shard/other": ref_of(other)}, settings)
+    assert removal._remove(settings, f"shard/toy/{own.manifest.fingerprint}", []) == "removed"
+    assert not own.path.exists() and other.path.exists()
+    assert {path.parts[-3] for path in (tmp_path / "store").glob("shard/*/*/manifest.json")} == {"other"}
 
 
 def stage(root: Path, store: Store) -> Job:
