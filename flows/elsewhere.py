@@ -23,7 +23,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, Failed
 
-from solo.launch import GRACE_S
+from solo.train.launch import GRACE_S
 
 POLL_S = 2.0
 LEASE_S = 60.0  # a slot whose holder is gone is free after this

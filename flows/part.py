@@ -22,9 +22,11 @@ from prefect.context import TaskRunContext
 from prefect.states import Failed
 
 from flows import elsewhere as away
-from solo import handover, line, pages
+from solo import line
 from solo.artifact import RECORD, Artifact
 from solo.line import Node, Ref, Settings
+from solo.report import pages
+from solo.store import handover
 
 logging.getLogger("solo").setLevel(logging.INFO)  # Prefect forwards the lines of a part, but only from WARNING on
 Made = dict[str, Any]  # {"ref": Ref as a dict, "ran": bool}: JSON, because a worker reads it back

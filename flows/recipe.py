@@ -19,9 +19,11 @@ from prefect.states import Completed, Failed
 
 from flows import acquire, curate, evaluate, filter, pack, report, shard, train
 from flows.part import Made, publish, refs_of
-from solo import line, mix_diff, pages, runs
+from solo import line, runs
 from solo.artifact import Artifact
+from solo.curate import mix_diff
 from solo.line import Node, Part, Settings
+from solo.report import pages
 
 TASKS = {
     "acquire": acquire.acquire,

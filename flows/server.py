@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from solo.line import CHECKOUT
+from solo.artifact import CHECKOUT
 
 HOME = Path(os.environ.get("SOLO_PREFECT_HOME", CHECKOUT / ".solo" / "prefect")).resolve()
 STATE = HOME / "solo-server.json"
@@ -29,7 +29,7 @@ POOL = "solo-local"
 DATABASE = "prefect.db"
 DEFAULT_PORT = 4200
 START_S = 120.0
-STOP_S = 40.0  # longer than a stage needs for its checkpoint (solo.launch.GRACE_S)
+STOP_S = 40.0  # longer than a stage needs for its checkpoint (solo.train.launch.GRACE_S)
 MARK = "# written by `solo up`"
 
 

@@ -1,7 +1,7 @@
 """Pages of earlier runs in the server's database: told one a line, or removed, for `solo takedown`.
 
 In: nothing, or ids on standard input. Out: JSON lines of id, key, the time of the last change and the text. What of
-them may not stay is judged by solo/shown.py, which knows no Prefect. Cost: a request for PAGES of them.
+them may not stay is judged by solo/lineage/shown.py, which knows no Prefect. Cost: a request for PAGES of them.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ from prefect.states import Cancelled, Failed
 from flows import cancel
 from flows.elsewhere import gpu_slot
 from flows.part import Made, build, through_flow
-from solo import curves, suspects, watch
-from solo.launch import Interrupted
+from solo.train import curves, suspects, watch
+from solo.train.launch import Interrupted
 
 PROGRESS_S = 2.0
 PAGE_S, PAGE_MOST_S = 15.0, 300.0

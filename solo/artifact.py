@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
-    from solo.store import Store
+    from solo.store.folders import Store
 
 log = logging.getLogger(__name__)
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 MANIFEST = "manifest.json"
 RECORD = "prefect-result.json"  # Prefect's cache record lives beside the manifest, so `rm -r` drops both
 WORK = ".work"  # scratch of an unfinished part; removed when the manifest is written
@@ -302,7 +303,7 @@ def latest(root: Path, part: str, name: str) -> Manifest | None:
 @cache
 def commit() -> str:
     """Commit of the code, with `+dirty` when the tree differs from it; `unknown` outside a checkout."""
-    here = Path(__file__).parent
+    here = CHECKOUT / "solo"
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
         dirty = subprocess.run(

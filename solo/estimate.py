@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from solo import amounts
+from solo.acquire.location import UNPINNED
 from solo.artifact import Manifest
-from solo.location import UNPINNED
+from solo.curate import amounts
 from solo.spec import MixSpec, ModelSpec, RecipeSpec, SourceSpec, Stage, load
 
 PAPER_PACK_TOKENS = 32_768

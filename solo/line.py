@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from solo import artifact, handover, location
-from solo.artifact import Artifact, Job, Manifest, Result
+from solo import artifact
+from solo.acquire import location
+from solo.artifact import CHECKOUT, Artifact, Job, Manifest, Result
 from solo.plugin import resolve
 from solo.spec import BenchmarkSpec, MixSpec, RecipeSpec, SourceSpec, SpecError, load
-from solo.store import Store
+from solo.store import handover
+from solo.store.folders import Store
 
 Part = Literal["acquire", "filter", "shard", "curate", "pack", "train", "evaluate", "report"]
 PARTS: tuple[Part, ...] = get_args(Part)
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
     `root` is where passes over URL lists are looked for, and samples that were listed in takedown.csv since; without
     it no source has any.
     """
-    from solo import erase, measure, passes, takedown
+    from solo.acquire import passes
+    from solo.filter import measure
+    from solo.lineage import erase, takedown
 
     recipe = load(RecipeSpec, recipe_name, specs)
     mixes = [load(MixSpec, stage.mix, specs) for stage in recipe.stages]
@@ -176,7 +179,7 @@ def nodes(recipe_name: str, specs: Path, root: Path | None = None) -> list[Node]
 
 def _compared(mix: MixSpec, specs: Path) -> dict[str, Any]:
     """What a mix compares itself with: of each benchmark that it names, where its items are and nothing else."""
-    from solo import decontaminate
+    from solo.filter import decontaminate
 
     named = [load(BenchmarkSpec, name, specs) for name in mix.decontaminate]
     fields = {b.name: b.model_dump(mode="json", include={"revision", "location", "adapter", "args"}) for b in named}
@@ -202,7 +205,7 @@ def _check_plugins(sources: Sequence[SourceSpec], benchmarks: Sequence[Benchmark
 
 
 def _module(part: Part) -> Any:  # noqa: ANN401 - a module has no better type
-    return importlib.import_module(f"solo.{part}")
+    return importlib.import_module(f"solo.{part}.part")
 
 
 def fingerprint(node: Node, inputs: Mapping[str, Ref]) -> str:

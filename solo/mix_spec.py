@@ -93,7 +93,7 @@ class MixSpec(Spec):
     sql: str | None = Field(
         default=None,
         exclude_if=off,
-        description="SELECT key, source, n_repeats over the views of solo/mix_sql.py, in place of amounts",
+        description="SELECT key, source, n_repeats over the views of solo/curate/mix_sql.py, in place of amounts",
     )
     sources: tuple[MixSource, ...] = Field(min_length=1)
 

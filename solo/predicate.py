@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 from duckdb import SQLExpression
 
-from solo.query import one_line, unstable
+from solo.curate.query import one_line, unstable
 from solo.spec import SpecError
 
 PARSED = "SELECT json_serialize_sql('SELECT ' || $predicate)"

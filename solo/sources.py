@@ -17,11 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from solo import artifact, copies, image_files, published, tables, url_rows
+from solo import artifact
+from solo.acquire import copies, image_files, published, tables, url_rows
+from solo.acquire.location import UNPINNED, Asked, asked
+from solo.acquire.mistaken import cut_short, dangling, mistaken
 from solo.estimate import published_bytes
 from solo.estimate_text import size
-from solo.location import UNPINNED, Asked, asked
-from solo.mistaken import cut_short, dangling, mistaken
 from solo.plugin import resolve
 from solo.sample import Rejected, Sample
 from solo.spec import SourceSpec, load

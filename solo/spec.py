@@ -21,7 +21,7 @@ from solo.strict import Spec, SpecError, off
 # Of solo/strict.py and solo/mix_spec.py; every reader of specs knows them from here.
 __all__ = ["MixSource", "MixSpec", "Near", "Spec", "SpecError"]
 
-from solo.location import UNPINNED, check
+from solo.acquire.location import UNPINNED, check
 
 PINNED = re.compile(r"sha256:[0-9a-f]{64}|[0-9a-f]{40}")
 
@@ -71,7 +71,7 @@ class Filter(Spec):
 
 
 class GridPictures(Spec):
-    """Pictures resized once to the recipe's patch grid and stored so; solo/regrid.py says what stays as it came."""
+    """Pictures resized once to the recipe's patch grid, stored so; solo/shard/regrid.py says what stays as it came."""
 
     jpeg_quality: int = Field(ge=1, le=100)
 
@@ -224,7 +224,9 @@ class Stage(Spec):
     loss_average: Literal["pack", "token"]
     precision: Literal["fp32", "bf16", "fp8"] = Field(description="fp8: bf16, the layers' products in 8 bits (torchao)")
     checkpoint_every_steps: int = Field(gt=0)
-    decode: Decode = Field(default="exact", description="exact: Pillow alone, as upstream; fast: solo/decode.py")
+    decode: Decode = Field(
+        default="exact", description="exact: Pillow alone, as upstream; fast: solo/sequence/decode.py"
+    )
     max_damaged: int = Field(default=0, ge=0, description="unreadable documents a rank leaves out; one more stops it")
     max_skipped: int = Field(default=0, ge=0, description="updates skipped for a loss or gradient that is not finite")
     spike_mads: float | None = Field(default=None, gt=0, description="a spike is a loss so many MADs above the median")

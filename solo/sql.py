@@ -1,8 +1,8 @@
 """SQL: a locked DuckDB over every finished artifact of a data root, for questions nobody foresaw.
 
 In: a data root and one query. Out: columns and rows. Invariants: a query is a SELECT over the views of `VIEWS`, so it
-changes nothing, and reads no file but theirs (solo/query.py); each row names its artifact. Cost: one stat per file of
-an artifact, then the footers of the views that the query names; memory and scratch are capped.
+changes nothing, and reads no file but theirs (solo/curate/query.py); each row names its artifact. Cost: one stat per
+file of an artifact, then the footers of the views that the query names; memory and scratch are capped.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ import duckdb
 import psutil
 import pyarrow as pa
 
-from solo import artifact, metrics, raw, trained
+from solo import artifact
+from solo.acquire import raw
 from solo.artifact import Manifest
-from solo.curate import LOCK
-from solo.evaluate import ANSWERS
-from solo.filter import FIXED, VERDICT
-from solo.pack_plan import PACKS, PLAN
-from solo.query import QueryError, check, literal, lock, one_line
-from solo.shard import PLACE
+from solo.curate.part import LOCK
+from solo.curate.query import QueryError, check, literal, lock, one_line
+from solo.evaluate.part import ANSWERS
+from solo.filter.part import FIXED, VERDICT
+from solo.pack.plan_files import PACKS, PLAN
+from solo.shard.part import PLACE
+from solo.train import metrics, trained
 
 MEMORY_SHARE = 0.5  # of the machine's; the rest stays with whoever is running a recipe beside the query
 SCRATCH_BYTES = 32 << 30

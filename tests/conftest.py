@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from solo.line import CHECKOUT
+from solo.artifact import CHECKOUT
 
 # Processes cost seconds to start and change no byte (test_recipe and test_train see to that with two).
 ONE = {"SOLO_RANKS": "1", "SOLO_WORKERS": "1"}
@@ -138,7 +138,7 @@ def site(published: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def quick_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses before a fetch is tried again, and none of the user's mirrors and proxies."""
-    from solo import patience
+    from solo.acquire import patience
 
     monkeypatch.setattr(patience, "FIRST_WAIT_S", 0.001)
     for name in ("HF_TOKEN", "HF_ENDPOINT", "AWS_ENDPOINT_URL", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):

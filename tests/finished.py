@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
 
-from solo import artifact, line, trained
+from solo import artifact, line
 from solo.artifact import Artifact, Job, Result
 from solo.sample import Message, text
 from solo.spec import ModelSpec, Tokens
+from solo.train import trained
 
 HOSTILE = [
     "![x](http://evil.test/p.png)",
@@ -113,7 +114,7 @@ def trained_rows(plan: list[dict], missing: Sequence[dict] = ()) -> pa.Table:
 
 def save_model(job: Job, shape: dict[str, object]) -> None:
     """A checkpoint that was never trained."""
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
 
     tokens = Tokens.model_validate(job.spec["tokens"])
     model = SoloForCausalLM.from_spec(ModelSpec.model_validate(shape), tokens, int(job.spec["seed"]))

@@ -20,7 +20,8 @@ from pathlib import Path
 import psutil
 
 from solo import runs
-from solo.line import CHECKOUT, PARTS, Settings
+from solo.artifact import CHECKOUT
+from solo.line import PARTS, Settings
 
 COMMAND = [sys.executable, "-m", "flows.recipe"]
 LEFT_S = 30.0

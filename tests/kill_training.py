@@ -23,9 +23,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tiny_stage import make_job, make_plan
 
-from solo import checkpoint, launch, train, trained
 from solo.artifact import Job, canonical, file_sha256, write_atomic
 from solo.spec import Stage
+from solo.train import checkpoint, launch, trained
+from solo.train import part as train
 
 N_STEPS, EVERY = 24, 2
 LIMIT_S = 120.0
@@ -55,8 +56,8 @@ def fork_ranks(job: Job, n_ranks: int) -> list[int]:
             log = os.open(job.out / "train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            from solo import rank as process
-            from solo import trainer
+            from solo.train import rank as process
+            from solo.train import trainer
 
             trainer.torch.set_num_threads(1)
             code = process.main(file)
@@ -172,7 +173,7 @@ def main() -> None:
     asked = options.parse_args()
     os.environ.update(launch.environment(asked.ranks, "cpu"))
     del os.environ["SOLO_SUPERVISED"]
-    import solo.rank  # noqa: F401 - once, for all ranks to come
+    import solo.train.rank  # noqa: F401 - once, for all ranks to come
 
     with tempfile.TemporaryDirectory(prefix="solo-kill-") as folder:
         found = run(Path(folder), kills=asked.kills, ranks=asked.ranks, seed=asked.seed, kinds=tuple(asked.kinds))

@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from solo import artifact, curate, pack
+from solo import artifact
 from solo.artifact import Artifact, Job, Result
+from solo.curate import part as curate
+from solo.pack import part as pack
 
 PACK_TOKENS = 100
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from archive_server import Hub, Site, serving
 from test_acquire import build
 
-from solo import acquire, location
+from solo.acquire import location
+from solo.acquire import part as acquire
 from solo.artifact import Job, make
 from solo.spec import SourceSpec
 

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from solo import launch, train
 from solo.artifact import Job
 from solo.spec import Stage
+from solo.train import launch
+from solo.train import part as train
 
 
 def task_of(job: Job, *, n_ranks: int, deepspeed: dict | None = None) -> dict:
@@ -49,7 +50,7 @@ def main(file: Path) -> None:
     """One rank."""
     import torch
 
-    from solo import engine, trainer
+    from solo.train import engine, trainer
 
     torch.set_num_threads(1)
     engine.connect("cpu")

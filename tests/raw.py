@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from solo import filter as filter_part
-from solo import shard as shard_part
-from solo.acquire import SCHEMA
+from solo.acquire.part import SCHEMA
 from solo.artifact import Artifact, Job, Result, make
+from solo.filter import part as filter_part
 from solo.sample import IMAGE, Sample, end_tar, text, write_sample
+from solo.shard import part as shard_part
 
 SOURCE = "web"
 TOKENS = {

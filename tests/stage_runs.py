@@ -16,13 +16,13 @@ import psutil
 import pytest
 from tiny_stage import MODEL, TOKENS
 
-from solo import train
-from solo.artifact import Job, file_sha256
+from solo.artifact import CHECKOUT, Job, file_sha256
 from solo.spec import ModelSpec, Stage
 
 RUN = """
 import pickle, sys
-from solo import artifact, train
+from solo import artifact
+from solo.train import part as train
 artifact.make(pickle.load(open(sys.argv[1], "rb")), train.run)
 """
 
@@ -76,12 +76,12 @@ def start_in_slurm(job: Job, folder: Path) -> subprocess.Popen:
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(folder)}
-    own = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(train.REPOSITORY), "SOLO_RANKS": "1"}
+    own = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(CHECKOUT), "SOLO_RANKS": "1"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         own["SOLO_HEAD"] = f"127.0.0.1:{probe.getsockname()[1]}"
     log = (folder / "run.log").open("ab")
-    script = ["bash", str(train.REPOSITORY / "infra/slurm/recipe.sbatch"), "tiny"]
+    script = ["bash", str(CHECKOUT / "infra/slurm/recipe.sbatch"), "tiny"]
     return subprocess.Popen(script, env=os.environ | slurm | own, stdout=log, stderr=log, start_new_session=True)
 
 
@@ -134,10 +134,10 @@ def compare_with_plain_loop(job: Job, n_compared: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from solo.engine import learning_rate
-    from solo.engine import optimizer as make_optimizer
-    from solo.loader import PackLoader
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
+    from solo.sequence.loader import PackLoader
+    from solo.train.engine import learning_rate
+    from solo.train.engine import optimizer as make_optimizer
 
     stage = Stage.model_validate(job.spec["stage"])
     shards = {name: a.path for name, a in job.of("shard").items()}

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from solo import acquire, spec
+from solo import spec
+from solo.acquire import part as acquire
 from solo.artifact import Job, make
 from solo.sample import Rejected, read_sample, read_samples
 
@@ -108,7 +109,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from test_acquire import job
-from solo import acquire
+from solo.acquire import part as acquire
 from solo.artifact import make
 left = [{n}]
 def progress(line):

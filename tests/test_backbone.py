@@ -22,10 +22,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from solo.backbone import write
-from solo.model import SoloForCausalLM
+from solo.model.backbone import write
+from solo.model.causal_lm import SoloForCausalLM
+from solo.sequence.tokenizer import Tokenizer
 from solo.spec import ModelSpec, Tokens
-from solo.tokenizer import Tokenizer
 
 __all__ = ["_one_thread"]
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solo import balance, bench_pack, bestfit
+from solo.bench import pack as bench_pack
+from solo.pack import balance, bestfit
 
 steps = st.lists(st.integers(1, 1_000), min_size=1, max_size=40)
 

@@ -12,9 +12,10 @@ import torch
 from tiny_stage import joined
 from torch._dynamo.utils import counters
 
-from solo import bench_stage, bench_train
-from solo.bench_stage import model_of
-from solo.bench_train import PROFILES, WAYS
+from solo.bench import stage as bench_stage
+from solo.bench import train as bench_train
+from solo.bench.stage import model_of
+from solo.bench.train import PROFILES, WAYS
 
 TOY = replace(PROFILES["toy"], steps=2, batch_packs=1, n_packs=1)
 
@@ -72,7 +73,7 @@ real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name in ("deepspeed", "duckdb") else real(name, *a)
 sys.modules |= {"deepspeed": None, "duckdb": None}
 sys.argv = ["bench_train", "h100-slice"]
-from solo import bench_train
+from solo.bench import train as bench_train
 sys.exit(bench_train.main())
 """
 

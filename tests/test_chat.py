@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from test_tokens import TOKENIZER, TOKENS
 from tiny import COLOURS, picture
 
-from solo.chat import Chat, Printer, answer_lines, checkpoint_folder, command, converse, visible
-from solo.config import SoloConfig
-from solo.model import SoloForCausalLM
-from solo.processor import SoloProcessor
+from solo.model.causal_lm import SoloForCausalLM
+from solo.model.chat import Chat, Printer, answer_lines, checkpoint_folder, command, converse, visible
+from solo.model.config import SoloConfig
+from solo.model.processor import SoloProcessor
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {

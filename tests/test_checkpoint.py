@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from solo import artifact, checkpoint
+from solo import artifact
 from solo.artifact import MANIFEST, file_sha256
+from solo.train import checkpoint
 
 
 def save(root: Path, step: int, keep: checkpoint.Keep | None = None) -> checkpoint.Checkpoint:

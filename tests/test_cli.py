@@ -12,8 +12,9 @@ import pytest
 import tiny
 from conftest import ONE, Driver, clean_env
 
-from solo import closing
-from solo.line import CHECKOUT, PARTS
+from solo.artifact import CHECKOUT
+from solo.line import PARTS
+from solo.report import closing
 
 Env = dict[str, str]
 

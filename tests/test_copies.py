@@ -11,9 +11,10 @@ import pytest
 from published_pictures import COMMIT, FILES, HUB, job, source, web
 from test_acquire import content
 
-from solo import acquire, copies, location
+from solo.acquire import copies, location
+from solo.acquire import part as acquire
+from solo.acquire.location import Asked
 from solo.artifact import make
-from solo.location import Asked
 
 pytestmark = pytest.mark.usefixtures("quick_tries")
 

@@ -13,8 +13,10 @@ import yaml
 from published_pictures import COMMIT, HUB, LOCAL, source
 from typer.testing import CliRunner
 
-from solo import cli, copies, line, location
+from solo import line
+from solo.acquire import copies, location
 from solo.artifact import combined_sha256
+from solo.cli import app as cli
 
 pytestmark = pytest.mark.usefixtures("quick_tries")
 

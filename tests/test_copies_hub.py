@@ -12,7 +12,9 @@ from archive_server import Site, serving
 from published_pictures import COMMIT, FILES, HUB, TOKEN, job, source
 from test_acquire import content
 
-from solo import acquire, copies, hub_files, location, sources, web_files
+from solo import sources
+from solo.acquire import copies, hub_files, location, web_files
+from solo.acquire import part as acquire
 from solo.artifact import make
 
 pytestmark = pytest.mark.usefixtures("quick_tries")

@@ -11,9 +11,10 @@ import pytest
 from published_pictures import job, source
 from test_acquire import content
 
-from solo import acquire, copies, location, patience
+from solo.acquire import copies, location, patience
+from solo.acquire import part as acquire
+from solo.acquire.location import Asked
 from solo.artifact import make
-from solo.location import Asked
 
 pytestmark = pytest.mark.usefixtures("quick_tries")
 
@@ -53,7 +54,7 @@ def test_a_store_gives_it_too(published, s3, tmp_path):
 
 
 def test_a_stores_download_goes_on_and_notices_a_change(s3, tmp_path, monkeypatch):
-    from solo import store_files
+    from solo.acquire import store_files
 
     monkeypatch.setattr(store_files, "BLOCK_BYTES", 1000)
     s3.pipe_file("bucket/big/a.bin", os.urandom(5000))

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_curate import ledger, run, shard
 
-from solo import croissant, curate
 from solo.artifact import Artifact
-from solo.croissant import Origin
+from solo.curate import croissant
+from solo.curate import part as curate
+from solo.curate.croissant import Origin
 
 ORIGINS = {"a": Origin("CC0-1.0", "https://example.test/cc0", "sha256:1", "All of a | <b>", "https://example.test/a")}
 

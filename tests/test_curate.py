@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from solo import artifact, curate
+from solo import artifact
 from solo.artifact import Artifact, Job, Result
+from solo.curate import part as curate
 from solo.spec import MixSpec, SpecError
 
 SEED = 7

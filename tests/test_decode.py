@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from solo import decode
-from solo.patches import ImageError, image_size, patchify
+from solo.sequence import decode
+from solo.sequence.patches import ImageError, image_size, patchify
 
 PX = {"patch_px": 32, "max_side_px": 256}
 ImageFile.MAXBLOCK = 1 << 22  # Pillow guesses too small a buffer for progressive noise

@@ -12,13 +12,16 @@ import pytest
 import torch
 from tiny_stage import make_job, make_plan
 
-from solo import devices, evaluate, train
 from solo.artifact import Job
+from solo.evaluate import part as evaluate
+from solo.train import devices
+from solo.train import part as train
 
 # A supervisor that holds GPUs, and its launcher, which holds them too and lives until its input closes.
 HOLD = """
 import subprocess, sys, time
-from solo import devices, launch
+from solo.train import devices
+from solo.train import launch
 with devices.held("train/first", sys.argv[1].split(","), print) as locks:
     child = launch.start([sys.executable, "-c", "import sys; sys.stdin.read()"], None, subprocess.DEVNULL, locks)
     print(child.pid, flush=True)

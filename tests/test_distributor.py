@@ -9,12 +9,13 @@ import pytest
 from hostile import Canary, Server, answer, encoded
 from test_hostile import job, rows
 
-from solo import acquire, download
+from solo.acquire import download
+from solo.acquire import part as acquire
+from solo.acquire.distributor import Crew, Images, crew, remove_images
+from solo.acquire.url_rows import UrlList
 from solo.artifact import Job, make
-from solo.distributor import Crew, Images, crew, remove_images
 from solo.isolated.rules import Rules
 from solo.isolated.web import Guest
-from solo.url_rows import UrlList
 
 RULES = Rules("test/1 (test@example.org)", "", "", host_concurrency=4, host_requests_per_s=10.0)
 

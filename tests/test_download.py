@@ -20,14 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from solo import acquire, download, url_rows
+from solo.acquire import download, url_rows
+from solo.acquire import part as acquire
+from solo.acquire.origin import Origin
 from solo.artifact import Job, make
 from solo.isolated import address as addresses
 from solo.isolated.rules import Rules
 from solo.isolated.web import Guest
-from solo.origin import Origin
+from solo.lineage.takedown import Listed
 from solo.sample import IMAGE, read_sample, text
-from solo.takedown import Listed
 
 HOST = "http://images.example.test"
 RULES = Rules("test/1 (test@example.org)", "", "")
@@ -145,7 +146,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
 from test_download import job
-from solo import acquire, distributor
+from solo.acquire import part as acquire
+from solo.acquire import distributor
 from solo.artifact import make
 os.environ["SOLO_IMAGES"] = "file://" + {folder!r} + "/elsewhere"
 distributor.POLL_S[True] = 0.1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw import acquired, filtered, picture, rows, same_files, sample
 
-from solo import duplicates
+from solo.filter import duplicates
 from solo.spec import SpecError
 
 WORDS = [f"w{i}" for i in range(3_000)]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_stage import make_job, make_plan
 
-from solo import engine, launch, train
+from solo.artifact import CHECKOUT
+from solo.train import engine, launch
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -18,7 +19,7 @@ def test_offload_trains_the_same(
     inputs = make_plan(tmp_path / "plan", 3)
     rows = {}
     for name in ("cpu", "offload"):
-        monkeypatch.setenv("SOLO_DEEPSPEED", str(train.REPOSITORY / f"infra/deepspeed/{name}.json"))
+        monkeypatch.setenv("SOLO_DEEPSPEED", str(CHECKOUT / f"infra/deepspeed/{name}.json"))
         rows[name] = alone(make_job(tmp_path / name, inputs, precision=precision, clip_norm=0.5))
     # A batch of four packs, so a wrong factor or a lost pack would be another gradient.
     for a, b in zip(rows["cpu"], rows["offload"], strict=True):
@@ -57,7 +58,7 @@ def test_gradients_are_summed_as_deepspeed_does_bit_for_bit(
 STUCK = """
 import os, socket, sys, time
 import torch
-from solo import engine
+from solo.train import engine
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))

@@ -7,9 +7,10 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from solo import cli, estimate
-from solo.artifact import Job, Result, make
-from solo.line import CHECKOUT, nodes
+from solo import estimate
+from solo.artifact import CHECKOUT, Job, Result, make
+from solo.cli import app as cli
+from solo.line import nodes
 from solo.spec import RecipeSpec, SpecError, load
 
 SPECS = CHECKOUT / "datasets_spec"

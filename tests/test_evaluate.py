@@ -17,10 +17,12 @@ import pytest
 import tiny
 import yaml
 
-from solo import artifact, evaluate, judge
-from solo.acquire import content_sha256
+from solo import artifact
+from solo.acquire.part import content_sha256
 from solo.artifact import Artifact, Job, Result, canonical, damage
 from solo.benchmarks.exact import match
+from solo.evaluate import judge
+from solo.evaluate import part as evaluate
 from solo.spec import BenchmarkSpec, Tokens
 
 RECIPE = yaml.safe_load((Path(__file__).parents[1] / "datasets_spec" / "recipes" / "sample.yaml").read_text())
@@ -31,7 +33,8 @@ BAD = ("cut.png", "thin.png", "gone.png")
 RUN = """
 import json, sys
 from pathlib import Path
-from solo import artifact, evaluate
+from solo import artifact
+from solo.evaluate import part as evaluate
 from solo.artifact import Artifact, Job, read_manifest
 job = json.load(open(sys.argv[1]))
 trained = Path(job.pop("trained"))

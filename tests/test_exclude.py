@@ -8,9 +8,11 @@ import tiny
 from raw import picture, rows, same_files, sample, sharded
 from test_curate import ledger, replay, shard
 
-from solo import artifact, curate, decontaminate, line
-from solo.acquire import content_sha256
+from solo import artifact, line
+from solo.acquire.part import content_sha256
 from solo.artifact import Job
+from solo.curate import part as curate
+from solo.filter import decontaminate
 from solo.sample import Sample
 from solo.spec import MixSpec, SpecError
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from raw import picture
 
-from solo import exif
-from solo.patches import ImageError, open_rgb
+from solo.sequence.patches import ImageError, open_rgb
+from solo.shard import exif
 
 SECRET = b"Secret Place 17"
 XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><exif:GPSLatitude>48,8.1N</exif:GPSLatitude>" + SECRET + b"</x:xmpmeta>"

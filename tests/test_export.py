@@ -11,9 +11,12 @@ import pytest
 import yaml
 from tiny_stage import joined, make_job, make_plan
 
-from solo import artifact, export, launch, train
-from solo.artifact import Artifact, Job, Manifest
+from solo import artifact
+from solo.artifact import CHECKOUT, Artifact, Job, Manifest
+from solo.model import export
 from solo.spec import Stage
+from solo.train import launch
+from solo.train import part as train
 
 IDS = [[1, 272, 5255, 28705, 28740, 2310]]
 FRESH = """
@@ -50,7 +53,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Artifact, 
     logits: list = []
 
     def run(job: Job) -> artifact.Result:
-        from solo import trainer
+        from solo.train import trainer
 
         rows: list[dict] = []
         with pytest.MonkeyPatch.context() as patch:
@@ -79,7 +82,7 @@ def test_a_fresh_process_has_the_trainer_s_logits(stage: tuple[Artifact, list], 
     names = {p.name for p in to.iterdir()}
     assert names >= {"README.md", "config.json", "generation_config.json", "model.safetensors", "processor_config.json"}
     for path in to.iterdir():
-        for place in (made.path, train.REPOSITORY):
+        for place in (made.path, CHECKOUT):
             assert str(place).encode() not in path.read_bytes(), path
     env = launch.environment(1, "cpu") | {"HF_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-c", FRESH, str(to), json.dumps(IDS)]
@@ -87,7 +90,7 @@ def test_a_fresh_process_has_the_trainer_s_logits(stage: tuple[Artifact, list], 
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["logits"] == logits and found["answer"] > 0
-    assert found["classes"] == ["solo.model", "solo.processor"]
+    assert found["classes"] == ["solo.model.causal_lm", "solo.model.processor"]
     assert (
         found["missing"].startswith("this model's code is not installed (") and "pip install -e ." in found["missing"]
     )

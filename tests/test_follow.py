@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from solo.follow import STOPPED
-from solo.line import CHECKOUT
+from solo.artifact import CHECKOUT
+from solo.cli.follow import STOPPED
 
 LINES = "import sys; print('00:00:01 a/x ran'); print('loose [end]', file=sys.stderr); print('00:00:02 b/y reused')"
 SAVES = """
@@ -28,7 +28,7 @@ time.sleep(60)
 
 
 def command(child: str, nodes: list[str]) -> list[str]:
-    code = "import sys; from pathlib import Path; from solo.follow import follow\n"
+    code = "import sys; from pathlib import Path; from solo.cli.follow import follow\n"
     code += f"sys.exit(follow([sys.executable, '-c', {child!r}], Path('.'), {nodes!r}))"
     return [sys.executable, "-c", code]
 

@@ -6,10 +6,10 @@ from test_tokens import TOKENS
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache
 
-from solo.attention import build_mask, visible
-from solo.decoder import normalised, padded_linear
-from solo.loader import side_by_side
-from solo.model import SoloForCausalLM, let_lengths_vary
+from solo.model.attention import build_mask, visible
+from solo.model.causal_lm import SoloForCausalLM, let_lengths_vary
+from solo.model.decoder import normalised, padded_linear
+from solo.sequence.loader import side_by_side
 
 __all__ = ["_one_thread"]
 

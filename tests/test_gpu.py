@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from tiny_stage import EVERY, make_job, make_plan
 
-from solo import bench_stage, launch, train
-from solo.bench_train import PROFILES
+from solo.artifact import CHECKOUT
+from solo.bench import stage as bench_stage
+from solo.bench.train import PROFILES
+from solo.train import launch
+from solo.train import part as train
 
 TOY = PROFILES["gpu-toy"]
 LIMIT_S = 300.0  # most of it is the compiler's
@@ -21,10 +24,10 @@ LIMIT_S = 300.0  # most of it is the compiler's
 @pytest.mark.gpu
 @pytest.mark.parametrize("file", ["zero1", "zero2", "zero3", "offload"])
 def test_a_stage_trains_and_its_loss_is_one_graph(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOLO_DEEPSPEED", str(train.REPOSITORY / f"infra/deepspeed/{file}.json"))
+    monkeypatch.setenv("SOLO_DEEPSPEED", str(CHECKOUT / f"infra/deepspeed/{file}.json"))
     profile = replace(TOY, ways=("solo",), deepspeed=f"{file}.json")
     bench_stage.prepare(profile, tmp_path)
-    command = [sys.executable, "-m", "solo.bench_train", TOY.name, "--way", "solo", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "solo.bench.train", TOY.name, "--way", "solo", "--folder", str(tmp_path)]
     env = launch.environment(1, "cuda") | {"SOLO_SUPERVISED": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -55,7 +58,7 @@ def test_a_stage_told_to_stop_goes_on_as_one_undisturbed(tmp_path: Path) -> None
 def test_numbers_come_to_the_host_as_they_are() -> None:
     import torch
 
-    from solo import state
+    from solo.train import state
 
     for n in (1, state.CHUNK_BYTES // 4, state.CHUNK_BYTES // 4 + 3):
         numbers = torch.randn(n, device="cuda")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import source_layouts as write
 
+from solo.acquire.gzipped import Damaged, Gzipped
+from solo.acquire.image_files import Pictures
 from solo.adapters import conversations_jsonl, webdataset_captions
-from solo.gzipped import Damaged, Gzipped
-from solo.image_files import Pictures
 from solo.sample import Rejected
 
 MEMBERS = [(f"{n:03}.jpg", random.Random(n).randbytes(40_000 + n) + bytes(30_000)) for n in range(30)]
@@ -62,7 +62,7 @@ def test_what_is_cut_or_damaged_is_told_and_never_given(tmp_path: Path, place: f
 def test_pictures_by_name_are_those_of_the_plain_tar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("solo.image_files.EVERY_BYTES", 200_000)
+    monkeypatch.setattr("solo.acquire.image_files.EVERY_BYTES", 200_000)
     write.tar(tmp_path / name, MEMBERS)
     pictures = Pictures(tmp_path, name)
     for member, data in random.Random(2).sample(MEMBERS, len(MEMBERS)):

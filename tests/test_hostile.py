@@ -18,7 +18,8 @@ from hostile_answers import HASHES, OK
 from hostile_cases import GOOD, MAX_BYTES, MAX_PIXELS, build
 from hostile_hosts import HOSTS
 
-from solo import acquire, download
+from solo.acquire import download
+from solo.acquire import part as acquire
 from solo.artifact import Job, make
 
 pytestmark = pytest.mark.skipif(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from solo import tables, upstream
+from solo.acquire import tables, upstream
 from solo.adapters import conversations_jsonl, jsonl_text, llava, table_pairs, webdataset_captions, webdataset_labels
 from solo.sample import Rejected
 
@@ -188,7 +188,7 @@ def test_a_tar_that_is_mostly_holes_fills_no_memory(folder):
 
 
 def test_a_zip_that_unpacks_to_much_fills_no_memory(folder, monkeypatch):
-    from solo import image_files
+    from solo.acquire import image_files
 
     monkeypatch.setattr(image_files, "MEMBER_BYTES", 1 << 20)
     with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_DEFLATED) as out:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from tiny_stage import make_job, make_plan
 
-from solo import artifact, hosts, join, train
+from solo import artifact
 from solo.artifact import Job
 from solo.spec import Stage
-from solo.watch import GONE, Watch
+from solo.train import hosts, join
+from solo.train import part as train
+from solo.train.watch import GONE, Watch
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from pydantic import AliasChoices, BaseModel
 
-from solo import launch
-from solo.line import CHECKOUT
+from solo.artifact import CHECKOUT
+from solo.train import launch
 
 INFRA = CHECKOUT / "infra"
 K8S = [p for p in sorted(INFRA.glob("k8s/*.yaml")) if p.stem != "kustomization"]

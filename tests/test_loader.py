@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from test_tokens import TOKENIZER, TOKENS
 
-from solo.loader import NO_TARGET, DamagedSampleError, PackLoader, assemble, read_piece
-from solo.patches import patchify
 from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
+from solo.sequence.loader import NO_TARGET, DamagedSampleError, PackLoader, assemble, read_piece
+from solo.sequence.patches import patchify
 
 PACK_TOKENS = 48
 N_PACKS = 12

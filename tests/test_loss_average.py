@@ -12,9 +12,10 @@ import test_trained
 import tiny_stage
 from tiny_stage import MODEL, TOKENS
 
-from solo import launch, train
 from solo.artifact import Artifact
 from solo.spec import ModelSpec, Stage
+from solo.train import launch
+from solo.train import part as train
 
 RANKS = (1, 2, 4)
 ACCUMULATIONS = (1, 2, 3, 4)
@@ -29,7 +30,7 @@ RANKS_OF = """
 import json, os, socket, sys
 from pathlib import Path
 import torch
-from solo import trainer
+from solo.train import trainer
 
 torch.set_num_threads(1)
 
@@ -128,10 +129,10 @@ def test_it_is_the_average_of_one_process(
     torch.set_num_threads(1)
     from safetensors.torch import load_file
 
-    from solo.engine import learning_rate
-    from solo.engine import optimizer as make_optimizer
-    from solo.loader import PackLoader
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
+    from solo.sequence.loader import PackLoader
+    from solo.train.engine import learning_rate
+    from solo.train.engine import optimizer as make_optimizer
 
     job, rows = trained[ranks, n, average]
     stage = Stage.model_validate(job.spec["stage"])

@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_stage import MODEL, STAGE, TOKENS, make_job, make_plan, one_rank
 
-from solo import engine, memory, train
-from solo.memory import GIB, Machine
+from solo.artifact import CHECKOUT
 from solo.spec import ModelSpec, Stage
+from solo.train import engine, memory
+from solo.train import part as train
+from solo.train.memory import GIB, Machine
 
 ZERO1 = {"zero_optimization": {"stage": 1}}
 BF16 = ZERO1 | {"bf16": {"enabled": True}}
@@ -35,7 +37,7 @@ def test_peak_is_within_5_percent_of_one_h100(config: dict, recomputed: int, mea
 
 
 def real(spec: ModelSpec):
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
 
     return SoloForCausalLM.from_spec(spec, TOKENS, 1)
 
@@ -51,7 +53,7 @@ def test_parameters_are_counted_as_the_model_has_them(fields: dict) -> None:
 @pytest.mark.parametrize("recomputed", [0, 1, 3])
 def test_activations_are_those_that_a_cpu_keeps(recomputed: int) -> None:
     """Bytes of different storages that autograd saves between embedding and head, parameters left out."""
-    from solo.attention import lay_out
+    from solo.model.attention import lay_out
 
     shape = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 8}
     spec = ModelSpec.model_validate(MODEL | shape | {"num_key_value_heads": 2})
@@ -76,9 +78,7 @@ def test_activations_are_those_that_a_cpu_keeps(recomputed: int) -> None:
 
 
 def test_as_few_layers_are_recomputed_as_fit() -> None:
-    config = train.deepspeed_config(
-        train.REPOSITORY / "infra/deepspeed/zero1.json", Stage.model_validate(STAGE_BF16), 1
-    )
+    config = train.deepspeed_config(CHECKOUT / "infra/deepspeed/zero1.json", Stage.model_validate(STAGE_BF16), 1)
     full = memory.choose("s", SLICE, config, H100, asked="full", **PACK)
     uses = [memory.choose("s", SLICE, config, H100, asked="selective", n_targets=n, **PACK) for n in (15_000, 32_768)]
     uses.append(memory.choose("s", SLICE, config, Machine(int(62 * GIB)), asked="selective", **PACK))
@@ -100,8 +100,7 @@ def test_the_whole_model_fits_eight_gpus_or_one_with_its_optimizer_on_the_host()
     whole = SLICE.model_copy(update={"num_hidden_layers": 32})
     stage = Stage.model_validate(STAGE_BF16)
     zero1, offload = (
-        train.deepspeed_config(train.REPOSITORY / f"infra/deepspeed/{name}.json", stage, 1)
-        for name in ("zero1", "offload")
+        train.deepspeed_config(CHECKOUT / f"infra/deepspeed/{name}.json", stage, 1) for name in ("zero1", "offload")
     )
     assert memory.choose("s", whole, zero1, Machine(H100.gpu_bytes, 8), asked="selective", **PACK).host == 0
     host = Machine(H100.gpu_bytes, 1, 128 * GIB)
@@ -133,7 +132,7 @@ def test_weights_gradients_and_states_are_those_that_an_engine_holds(
     name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of different storages when the second update begins; on a CPU the host's are beside the GPU's."""
-    monkeypatch.setenv("SOLO_DEEPSPEED", str(train.REPOSITORY / f"infra/deepspeed/{name}.json"))
+    monkeypatch.setenv("SOLO_DEEPSPEED", str(CHECKOUT / f"infra/deepspeed/{name}.json"))
     kept = tensors()  # else the address of one that goes could be that of a new one, which would not be counted
     before = storages()
     with one_rank() as run:
@@ -219,7 +218,7 @@ def test_the_policy_is_one_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_says_what_each_stage_takes_and_refuses_what_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from solo.line import CHECKOUT
+    from solo.artifact import CHECKOUT
     from solo.spec import RecipeSpec, load
 
     recipe = load(RecipeSpec, "sample", CHECKOUT / "datasets_spec")

@@ -11,9 +11,10 @@ from source_cases import CASES
 from test_sources import SPECS, local
 from typer.testing import CliRunner
 
-from solo import cli, sources
+from solo import sources
+from solo.acquire.mistaken import cut_short, mistaken
 from solo.adapters import llava, table_pairs
-from solo.mistaken import cut_short, mistaken
+from solo.cli import app as cli
 from solo.spec import SourceSpec
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 446123456\n"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_curate import ledger, run, shard
 
-from solo import artifact, locks, mix_diff
+from solo import artifact
 from solo.artifact import Artifact, Job, LedgerError, Result
+from solo.curate import locks, mix_diff
 from solo.sample import IMAGE, Message, Sample, text, write_sample
 
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 from test_curate import ledger, lengths, run, shard
 
-from solo import mix_pages, pages
 from solo.artifact import Artifact
+from solo.report import mix_pages, pages
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from test_curate import SEED, job, ledger, lengths, replay, rows, shard
 
-from solo import artifact, curate, mix_answer, mix_sql
+from solo import artifact
 from solo.artifact import Artifact
-from solo.exclude import Ledger
+from solo.curate import mix_answer, mix_sql
+from solo.curate import part as curate
+from solo.curate.exclude import Ledger
 from solo.spec import MixSource, SpecError
 
 GOOD = """

@@ -9,9 +9,9 @@ from test_tokens import TOKENS
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from solo.attention import attend, build_mask, visible
-from solo.loader import Piece, assemble, side_by_side
-from solo.model import SoloConfig, SoloForCausalLM
+from solo.model.attention import attend, build_mask, visible
+from solo.model.causal_lm import SoloConfig, SoloForCausalLM
+from solo.sequence.loader import Piece, assemble, side_by_side
 from solo.spec import ModelSpec
 
 WINDOW = 5

@@ -13,9 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_stage import MODEL, RECIPE, STAGE, TOKENS, make_job
 
-from solo import fp8, memory, start, train, trained
-from solo.artifact import Artifact, Job, file_sha256
+from solo.artifact import CHECKOUT, Artifact, Job, file_sha256
 from solo.spec import ModelSpec, RecipeSpec, Stage
+from solo.train import fp8, memory, start, trained
+from solo.train import part as train
 
 N_STEPS = 6
 ALL = ("projection", "embeddings", "backbone")
@@ -84,7 +85,7 @@ def test_what_is_off_is_not_identity() -> None:
 
 
 def test_a_rate_that_continues_begins_where_the_stage_before_ended() -> None:
-    from solo.engine import learning_rate
+    from solo.train.engine import learning_rate
 
     own = {"schedule_start": "continue", "learning_rate": 3e-4, "min_learning_rate": 0.0, "warmup_steps": 0}
     before, stage = RecipeSpec.model_validate(recipe(stages=stages(1, **own))).stages[:2]
@@ -96,8 +97,8 @@ def test_a_rate_that_continues_begins_where_the_stage_before_ended() -> None:
 def test_what_is_frozen_has_no_gradient_and_no_state(
     alone: Callable[..., list[dict]], inputs: dict[str, Artifact], calm: tuple[Job, list[dict]], tmp_path: Path
 ) -> None:
-    from solo import engine, trainer
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
+    from solo.train import engine, trainer
 
     groups = {"backbone": {"frozen": True}, "projection": {"learning_rate": 4e-2}}
     job, kept = make_job(tmp_path / "own", inputs, groups=groups), []
@@ -148,7 +149,7 @@ def test_the_memory_plan_knows_what_is_frozen() -> None:
 def test_the_projection_is_from_where_the_recipe_says(tmp_path: Path) -> None:
     import torch
 
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
 
     name = "model.embed_vision_patch.weight"
     spec = ModelSpec.model_validate(MODEL)
@@ -182,7 +183,7 @@ def test_the_projection_is_from_where_the_recipe_says(tmp_path: Path) -> None:
 def test_what_is_held_out_is_measured_and_moves_nothing(
     alone: Callable[..., list[dict]], inputs: dict[str, Artifact], calm: tuple[Job, list[dict]], tmp_path: Path
 ) -> None:
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
 
     job = make_job(tmp_path, inputs)
     job = replace(job, spec=job.spec | {"held_out_every_steps": 4})
@@ -209,8 +210,8 @@ def test_what_is_held_out_is_measured_and_moves_nothing(
 
 
 def held_loss(job: Job):
-    from solo.held_loss import HeldLoss
-    from solo.shards import Shards
+    from solo.sequence.shards import Shards
+    from solo.train.held_loss import HeldLoss
 
     shards = Shards({name: a.path for name, a in job.of("shard").items()})
     return HeldLoss(job.one("pack").path, shards, TOKENS, Stage.model_validate(STAGE), every_steps=4)
@@ -220,7 +221,7 @@ def held_loss(job: Job):
 def test_every_number_of_ranks_measures_the_same_with_the_same_calls(
     calm: tuple[Job, list[dict]], n_ranks: int
 ) -> None:
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
 
     measured = held_loss(calm[0])
     model = SoloForCausalLM.from_pretrained(calm[0].out / "checkpoint")
@@ -246,7 +247,7 @@ def test_fp8_is_refused_where_it_cannot_be(inputs: dict[str, Artifact], tmp_path
     with pytest.raises(ValueError, match=r"precision is fp8, which needs a GPU and none is visible; use bf16 or fp32"):
         train.run(make_job(tmp_path, inputs, precision="fp8"))
     stage = Stage.model_validate(STAGE | {"precision": "fp8"})
-    assert train.deepspeed_config(train.REPOSITORY / train.DEEPSPEED["cpu"], stage, 1)["bf16"] == {"enabled": True}
+    assert train.deepspeed_config(CHECKOUT / train.DEEPSPEED["cpu"], stage, 1)["bf16"] == {"enabled": True}
     if importlib.util.find_spec("torchao") is None:
         with pytest.raises(ValueError, match=r"precision is fp8, which needs torchao; pip install '.\[fp8\]'"):
             fp8.check_machine(stage, n_gpus=1)
@@ -255,7 +256,7 @@ def test_fp8_is_refused_where_it_cannot_be(inputs: dict[str, Artifact], tmp_path
 @pytest.mark.optional
 def test_fp8_trains_like_bf16(alone: Callable[..., list[dict]], inputs: dict[str, Artifact], tmp_path: Path) -> None:
     """Emulated, on a CPU."""
-    from solo import engine, trainer
+    from solo.train import engine, trainer
 
     losses = {}
     for name in ("bf16", "fp8"):

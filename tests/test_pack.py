@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import PACK_TOKENS, job, lengths, mixed, packs, plan, rows, run
 
-from solo import artifact, bestfit, pack
+from solo import artifact
 from solo.artifact import Artifact, LedgerError
+from solo.pack import bestfit
+from solo.pack import part as pack
 from solo.spec import SpecError
 
 

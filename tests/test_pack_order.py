@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from packed import PACK_TOKENS, digests, job, lengths, mixed, packs, plan, rows, run
 
-from solo import artifact, pack
+from solo import artifact
 from solo.artifact import Artifact
+from solo.pack import part as pack
 from solo.spec import SpecError
 
 

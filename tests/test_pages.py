@@ -14,9 +14,9 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from solo import charts, filter_pages, host_pages, markdown, pages
 from solo.artifact import Artifact, Manifest
 from solo.line import PARTS
+from solo.report import charts, filter_pages, host_pages, markdown, pages
 from solo.spec import Filter
 
 LIMIT_BYTES = 256_000

@@ -13,9 +13,13 @@ import yaml
 from hostile import Server, answer, encoded, hang
 from raw import filtered
 
-from solo import acquire, download, erase, line, location, pages, passes, removal, retry, takedown
+from solo import line
+from solo.acquire import download, location, passes, retry
+from solo.acquire import part as acquire
 from solo.artifact import Job
 from solo.line import Settings
+from solo.lineage import erase, removal, takedown
+from solo.report import pages
 from solo.sample import read_sample
 from solo.spec import SourceSpec, load
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from solo.patches import ImageError, grid, image_size, open_rgb, patchify
+from solo.sequence.patches import ImageError, grid, image_size, open_rgb, patchify
 
 PX = {"patch_px": 32, "max_side_px": 1024}
 WHITE = (255, 255, 255)

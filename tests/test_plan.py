@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_loader import TOKENIZER, TOKENS, loader, plan_row, write_plan, write_shards
 
-from solo.loader import PackLoader, read_piece
-from solo.plan import Plan
+from solo.pack.plan import Plan
 from solo.sample import Sample, end_tar, make_key, text, write_sample
-from solo.shards import Shards
+from solo.sequence.loader import PackLoader, read_piece
+from solo.sequence.shards import Shards
 
 BATCH = 8
 N_STEPS = 208

@@ -18,11 +18,11 @@ from test_tokens import CLOSE, END, HELLO, OPEN, SEP, TOKENIZER, TOKENS, P, V
 from tiny import COLOURS, picture
 from transformers import AutoProcessor
 
-import solo.model
-from solo.loader import read_piece
-from solo.patches import patchify
-from solo.processor import SoloProcessor
+import solo.model.causal_lm
+from solo.model.processor import SoloProcessor
 from solo.sample import IMAGE, Sample, text
+from solo.sequence.loader import read_piece
+from solo.sequence.patches import patchify
 from solo.spec import Tokens
 
 PROCESSOR = SoloProcessor.from_tokens(TOKENS)

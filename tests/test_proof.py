@@ -18,12 +18,17 @@ from PIL import Image
 from test_tokens import TOKENIZER, TOKENS
 from torch import Tensor
 
-from solo import artifact, attention, curate, model, pack, proof
+from solo import artifact
 from solo.artifact import Artifact, Job, Result
-from solo.attention import build_mask
-from solo.loader import Pack, Piece, assemble, read_piece
-from solo.proof import ProofError
+from solo.curate import part as curate
+from solo.model import attention
+from solo.model import causal_lm as model
+from solo.model.attention import build_mask
+from solo.pack import part as pack
+from solo.pack import proof
+from solo.pack.proof import ProofError
 from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
+from solo.sequence.loader import Pack, Piece, assemble, read_piece
 
 PACK_TOKENS = 64
 MASK = "lay_out" if hasattr(model, "lay_out") else "build_mask"  # what the model asks who sees whom

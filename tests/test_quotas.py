@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_curate import SEED, hash_order, ledger, lengths, repeats, replay, rows, run, shard
 
-from solo import amounts
 from solo.artifact import Artifact
+from solo.curate import amounts
 from solo.spec import MixSpec, SpecError
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import encode, smooth
 
-from solo.patches import patchify
-from solo.raster import AT_ONCE, BYTES, Recycled, Room
+from solo.sequence.patches import patchify
+from solo.sequence.raster import AT_ONCE, BYTES, Recycled, Room
 
 sides = st.integers(1, 6)
 
@@ -53,7 +53,7 @@ def test_nothing_is_a_pack_too():
 def test_a_picture_on_its_grid_is_decoded_in_place(monkeypatch):
     data = encode(smooth(96, 64), "JPEG")
     room = Room.of(np.zeros((6 * 32, BYTES * 32), np.uint8), 32)
-    monkeypatch.delattr("solo.decode.Scratch.take")  # an intermediate would need it
+    monkeypatch.delattr("solo.sequence.decode.Scratch.take")  # an intermediate would need it
     assert patchify(data, patch_px=32, max_side_px=256, path="fast", out=room) is room
     assert np.array_equal(np.asarray(room), patchify(data, patch_px=32, max_side_px=256))
 

@@ -9,8 +9,11 @@ import pytest
 from finished import trained_rows
 from test_curate import ledger, run, shard
 
-from solo import artifact, pack_plan, realised, report, trained
+from solo import artifact
 from solo.artifact import Artifact, Job, LedgerError, Result
+from solo.pack import plan_files as pack_plan
+from solo.report import part as report
+from solo.train import realised, trained
 
 
 def plan_of(lock: Artifact) -> list[dict]:

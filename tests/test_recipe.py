@@ -20,8 +20,8 @@ import tiny
 from conftest import ONE, Driver
 
 from solo import line, runs
-from solo.artifact import damage, read_manifest
-from solo.line import CHECKOUT, Settings
+from solo.artifact import CHECKOUT, damage, read_manifest
+from solo.line import Settings
 
 ALL = ["acquire", "filter", "shard", "curate", "pack", "train", "evaluate", "report"]
 
@@ -135,7 +135,7 @@ def test_evaluation_holds_a_slot_as_training_does(driver: Driver, base: Path) ->
 
 
 def test_counts_close_and_a_broken_sum_is_seen(finished: Path, base: Path) -> None:
-    from solo.report import summarise
+    from solo.report.part import summarise
 
     _, manifests = runs.read(finished / "root", "toy")
     summary = summarise(manifests)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_decode import encode, noise, psnr, smooth
 
-from solo.patches import grid, image_size, open_rgb, orientation, patchify
-from solo.regrid import FORMS, regrid
+from solo.sequence.patches import grid, image_size, open_rgb, orientation, patchify
+from solo.shard.regrid import FORMS, regrid
 from solo.spec import GridPictures, Tokens
 
 TOKENS = Tokens.model_validate(

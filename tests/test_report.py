@@ -7,9 +7,10 @@ import finished
 import manifests
 import pytest
 
-from solo import artifact, report
+from solo import artifact
 from solo.artifact import Manifest
-from solo.report_html import html
+from solo.report import part as report
+from solo.report.html import html
 
 SPEC = {"recipe": "toy", "title": "A toy", "licences": {"pictures": "CC0-1.0"}}
 

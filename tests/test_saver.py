@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from tiny_stage import make_job, make_plan
 
-from solo import checkpoint
 from solo.artifact import Job, file_sha256
+from solo.train import checkpoint
 
 LARGEST = 300_000  # bytes of a file that can still be written while the disk is "full"; the optimizer's has 25 MB
 

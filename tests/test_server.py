@@ -18,8 +18,9 @@ import pytest
 import tiny
 from conftest import clean_env, settings_of
 
-from solo import artifact, checkpoint
-from solo.line import CHECKOUT
+from solo import artifact
+from solo.artifact import CHECKOUT
+from solo.train import checkpoint
 
 MANY = 15.0  # epochs: a stage that a fast machine is still training when the cancel arrives
 

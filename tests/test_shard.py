@@ -16,12 +16,13 @@ import webdataset
 from PIL import Image
 from raw import TOKENS, picture, rows, same_files, sample, sharded
 
-from solo import data_pages, exif
-from solo.line import CHECKOUT
-from solo.patches import grid, image_size, open_rgb, patchify
+from solo.artifact import CHECKOUT
+from solo.report import data_pages
 from solo.sample import IMAGE, Sample, parse_samples, read_sample, read_samples, text
+from solo.sequence.patches import grid, image_size, open_rgb, patchify
+from solo.sequence.tokens import Tokenizer, tokenize
+from solo.shard import exif
 from solo.spec import SpecError, Tokens
-from solo.tokens import Tokenizer, tokenize
 
 BY_ROLE = ("n_system_tokens", "n_user_tokens", "n_assistant_tokens", "n_markup_tokens")
 COUNTS = ("n_images", "n_patches", "n_text_tokens", *BY_ROLE, "n_loss_tokens", "n_tokens")

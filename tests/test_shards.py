@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import PACK_TOKENS, TOKENS, made, same  # noqa: F401, `made` is a fixture
 
-from solo import shards as module
-from solo.loader import DamagedSampleError, PackLoader
-from solo.shards import Cache, Shards
+from solo.sequence import shards as module
+from solo.sequence.loader import DamagedSampleError, PackLoader
+from solo.sequence.shards import Cache, Shards
 
 DATA = bytes(range(256)) * 40
 

@@ -8,11 +8,13 @@ import pytest
 from test_proof import inputs, job
 from test_tokens import TOKENIZER
 
-from solo import artifact, pack, show
+from solo import artifact
 from solo.artifact import Artifact
+from solo.pack import part as pack
+from solo.pack import show
 from solo.sample import Sample, make_key
 from solo.sample import text as item
-from solo.tokens import tokenize
+from solo.sequence.tokens import tokenize
 
 __all__ = ["inputs"]  # the fixture: shards of captions and dialogues, and a mix that takes all of them twice
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from test_server import Second
 from test_takedown import listed
 
-from solo import shown
-from solo.holders import Held
-from solo.line import CHECKOUT
-from solo.markdown import escape
-from solo.takedown import Listed
+from solo.artifact import CHECKOUT
+from solo.lineage import shown
+from solo.lineage.holders import Held
+from solo.lineage.takedown import Listed
+from solo.report.markdown import escape
 
 URL = "https://host1.example/page/1?q=a&b"
 PICTURE = "![kept](data:image/jpeg;base64,AAAA)"

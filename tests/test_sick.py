@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_stage import MODEL, STAGE, TOKENS, make_job, make_plan, one_rank
 
-from solo import run_pages, sick, suspects, train
 from solo.artifact import Artifact, Job, file_sha256
+from solo.report import run_pages
 from solo.spec import ModelSpec, Stage
+from solo.train import part as train
+from solo.train import sick, suspects
 
 ODD_STEP = 12  # of a stage in which the step's third pack alone has the odd texts
 FLAT = {
@@ -46,8 +48,8 @@ def odd_keys(inputs: dict[str, Artifact]) -> set[str]:
 @pytest.fixture(scope="module")
 def poisoned(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model to start from in which the embedding of a token of the odd texts alone is infinite."""
-    from solo.model import SoloForCausalLM
-    from solo.tokenizer import Tokenizer
+    from solo.model.causal_lm import SoloForCausalLM
+    from solo.sequence.tokenizer import Tokenizer
 
     model = SoloForCausalLM.from_spec(ModelSpec.model_validate(MODEL), TOKENS, 3)
     (*_, last) = Tokenizer(TOKENS).encode("zinc")
@@ -210,7 +212,7 @@ def test_a_spike_is_many_deviations_above_the_median_of_a_full_window() -> None:
 
 def test_metrics_are_of_the_steps_that_count(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     """As the supervisor reads them: a stage that went back tells some steps twice."""
-    from solo.watch import Watch
+    from solo.train.watch import Watch
 
     job, told = make_job(tmp_path, inputs, **FLAT), list[int]()
     job.work.mkdir(parents=True)

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from raw import picture, sample
 
-from solo.measure import META, Signal, find, find_all, measure, versions
-from solo.pictures import MAX_PIXELS, Pictures
+from solo.filter.measure import META, Signal, find, find_all, measure, versions
+from solo.filter.pictures import MAX_PIXELS, Pictures
 from solo.sample import IMAGE, Sample, text
 from solo.signals import clip, image, nsfw, pii
 from solo.signals import sample as sample_signals

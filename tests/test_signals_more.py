@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from raw import acquired, filtered, picture, rows, sample
 
-from solo.acquire import content_sha256
-from solo.measure import find, measure
-from solo.pictures import Pictures
+from solo.acquire.part import content_sha256
+from solo.filter.measure import find, measure
+from solo.filter.pictures import Pictures
 from solo.spec import SpecError
 
 PNG = picture(40, 30, seed=1)

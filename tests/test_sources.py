@@ -13,13 +13,15 @@ import source_layouts as write
 from raw import TOKENS
 from source_cases import CASES, Case, Said, qa
 
-from solo import acquire, location, measure, sources
-from solo import filter as filter_part
-from solo import shard as shard_part
-from solo.artifact import Artifact, Job, make
-from solo.line import CHECKOUT
+from solo import sources
+from solo.acquire import location
+from solo.acquire import part as acquire
+from solo.artifact import CHECKOUT, Artifact, Job, make
+from solo.filter import measure
+from solo.filter import part as filter_part
 from solo.plugin import resolve
 from solo.sample import Sample, read_samples
+from solo.shard import part as shard_part
 from solo.spec import SourceSpec, load
 
 SPECS = CHECKOUT / "datasets_spec"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from solo.line import CHECKOUT, nodes
+from solo.artifact import CHECKOUT
+from solo.line import nodes
 from solo.spec import FOLDERS, BenchmarkSpec, MixSpec, RecipeSpec, SourceSpec, SpecError, load
 
 SPECS = CHECKOUT / "datasets_spec"

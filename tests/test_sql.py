@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from solo import artifact, cli, query, sql, sql_shell
+from solo import artifact, sql
 from solo.artifact import Job, Result
+from solo.cli import app as cli
+from solo.cli import sql_shell
+from solo.curate import query
 
 LOCK = {"key": ["a-1", "a-2"], "source": ["a", "a"], "n_tokens": [5, 7], "n_repeats": [2, 1]}
 

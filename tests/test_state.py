@@ -11,8 +11,9 @@ from safetensors import safe_open
 from test_sick import FLAT, ODD_STEP, SPIKES
 from tiny_stage import make_job, make_plan
 
-from solo import checkpoint, sick, train, trained
-from solo.artifact import Artifact, Job, file_sha256
+from solo.artifact import CHECKOUT, Artifact, Job, file_sha256
+from solo.train import checkpoint, sick, trained
+from solo.train import part as train
 
 N_STEPS, AT = 4, 2  # stages of so many steps, gone on with after this one
 FIELDS = {"checkpoint_every_steps": AT, "learning_rate": 3e-3, "clip_norm": 1.0}
@@ -140,7 +141,7 @@ def test_no_number_is_lost_on_the_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Read from two ranks at ZeRO 3 and written at once by one at ZeRO 1: the same, to the bit."""
-    from solo import trainer
+    from solo.train import trainer
 
     source = two["zero 3"][0]
     job = make_job(tmp_path, inputs, **FIELDS)
@@ -188,7 +189,7 @@ def test_weights_gathered_from_parts_are_a_checkpoint_like_any(
 def test_a_part_that_is_not_there_is_named(
     calm: dict[str, tuple[Job, list[dict]]], inputs: dict[str, Artifact], tmp_path: Path, alone: object
 ) -> None:
-    from solo import state, trainer
+    from solo.train import state, trainer
 
     one = trainer.Trainer(task_of(make_job(tmp_path, inputs, **FIELDS), n_ranks=1))
     with pytest.raises(ValueError, match=r"0 states in state-\*\.safetensors, not 1; delete it"):
@@ -202,7 +203,7 @@ def test_a_part_that_is_not_there_is_named(
 def test_files_have_a_size_at_which_several_are_written_at_once(tmp_path: Path) -> None:
     import torch
 
-    from solo.state import Slice, in_files
+    from solo.train.state import Slice, in_files
 
     slices = [Slice(str(n), 0, {"weight": torch.zeros(n)}) for n in (10, 10, 10, 100, 1)]
     assert [[len(s) for s in file] for file in in_files(slices, 80)] == [[10, 10], [10], [100], [1]]
@@ -229,5 +230,5 @@ def test_our_deepspeed_files_are_accepted(tmp_path: Path) -> None:
     from solo.spec import Stage
 
     stage = Stage.model_validate(make_job(tmp_path, {}, precision="bf16").spec["stage"])
-    for path in (train.REPOSITORY / "infra" / "deepspeed").glob("*.json"):
+    for path in (CHECKOUT / "infra" / "deepspeed").glob("*.json"):
         assert train.deepspeed_config(path, stage, 2)["zero_optimization"]["stage"] in (1, 2, 3)

@@ -18,10 +18,15 @@ import fsspec
 import pytest
 from tiny_stage import EVERY, make_job, make_plan, one_rank
 
-from solo import artifact, checkpoint, handover, line, mirror, patience, removal, train, transfer
+from solo import artifact, line
+from solo.acquire import patience, transfer
 from solo.artifact import Artifact, Job, Result
 from solo.line import Node, Ref, Settings
-from solo.store import COMING, Damaged, Store, Unreachable
+from solo.lineage import removal
+from solo.store import handover, mirror
+from solo.store.folders import COMING, Damaged, Store, Unreachable
+from solo.train import checkpoint
+from solo.train import part as train
 
 PLACE = "shard/toy/01234567"
 
@@ -116,7 +121,7 @@ def test_wherever_a_put_stops_what_has_a_manifest_is_whole(tmp_path: Path, monke
     assert stops > 40
 
 
-DO = "import sys; from pathlib import Path; from solo.store import Store; s = Store(sys.argv[1]); "
+DO = "import sys; from pathlib import Path; from solo.store.folders import Store; s = Store(sys.argv[1]); "
 
 
 def killed(store: Store, action: str, folder: Path, ready: Callable[[], bool]) -> None:
@@ -287,7 +292,8 @@ N_STEPS = 24
 TRAIN = """
 import json, sys
 from pathlib import Path
-from solo import line, mirror
+from solo import line
+from solo.store import mirror
 from solo.line import Node, Ref, Settings
 mirror.POLL_S = 0.05
 asked = json.loads(Path(sys.argv[1]).read_text())

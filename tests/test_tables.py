@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import source_layouts as write
 
-from solo import tables, upstream
+from solo.acquire import tables, upstream
+from solo.acquire.image_files import Pictures
 from solo.adapters import llava, table_columns, table_messages, url_questions
-from solo.image_files import Pictures
 from solo.sample import Rejected
 
 

@@ -16,15 +16,18 @@ import tiny
 import yaml
 from finished import trained_rows
 
-from solo import artifact, copies, line, location, pack, removal, takedown, url_rows
-from solo.acquire import content_sha256
-from solo.artifact import Artifact, Job, Result
+from solo import artifact, line
+from solo.acquire import copies, location, url_rows
+from solo.acquire.part import content_sha256
+from solo.acquire.url_rows import UrlList
+from solo.artifact import CHECKOUT, Artifact, Job, Result
 from solo.isolated.rules import Rules
-from solo.line import CHECKOUT, Settings
+from solo.line import Settings
+from solo.lineage import removal, takedown
+from solo.lineage.takedown import Listed, canonical_url
+from solo.pack import part as pack
 from solo.sample import Sample, read_samples
 from solo.spec import SourceSpec, SpecError, load
-from solo.takedown import Listed, canonical_url
-from solo.url_rows import UrlList
 
 HEAD = "kind,value,reason,date,reference\n"
 

@@ -14,13 +14,13 @@ from sentencepiece import SentencePieceProcessor
 from test_tokens import TOKENIZER, TOKENS, anything, sample
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from solo.line import CHECKOUT
-from solo.model import SoloForCausalLM
+from solo.artifact import CHECKOUT
+from solo.model.causal_lm import SoloForCausalLM
 from solo.sample import IMAGE, text
+from solo.sequence.tokenizer import SOLO, Tokenizer, Vocabulary, check_model, read_pinned, tokenizer_path
+from solo.sequence.tokenizer_file import OWN
+from solo.sequence.tokens import tokenize
 from solo.spec import RecipeSpec, Tokens, load
-from solo.tokenizer import SOLO, Tokenizer, Vocabulary, check_model, read_pinned, tokenizer_path
-from solo.tokenizer_file import OWN
-from solo.tokens import tokenize
 
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<s>"]
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solo.patches import grid
 from solo.sample import IMAGE, Sample, text
+from solo.sequence.patches import grid
+from solo.sequence.tokenizer import SOLO, Tokenizer, Vocabulary
+from solo.sequence.tokenizer_file import SentencePieces
+from solo.sequence.tokens import tokenize
 from solo.spec import Tokens
-from solo.tokenizer import SOLO, Tokenizer, Vocabulary
-from solo.tokenizer_file import SentencePieces
-from solo.tokens import tokenize
 
 TOKENS = Tokens.model_validate(
     {
@@ -165,7 +165,7 @@ def test_word_by_word_is_the_whole_text_at_once(value):
 
 
 def test_known_words_are_bounded_and_long_ones_are_not_kept(monkeypatch):
-    monkeypatch.setattr("solo.tokenizer_file.WORDS_KEPT", 5)
+    monkeypatch.setattr("solo.sequence.tokenizer_file.WORDS_KEPT", 5)
     tokenizer = Tokenizer(TOKENS).file
     assert len(tokenizer._words) <= 5
     said = " ".join(f"word{i}" for i in range(50)) + " " + "x" * 500

@@ -12,10 +12,11 @@ from finished import trained_rows
 from test_takedown import BY_HAND, N_DOCUMENTS, Line, build, listed, shown, url
 from typer.testing import CliRunner
 
-from solo import cli, trace
 from solo.artifact import Artifact, Job, Result
-from solo.keyed import Keyed
-from solo.named import Unknown
+from solo.cli import app as cli
+from solo.lineage import trace
+from solo.lineage.keyed import Keyed
+from solo.lineage.named import Unknown
 
 
 def train(job: Job) -> Result:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_stage import make_job
 
-from solo import track
+from solo.train import track
 
 HELD = {"loss": 3.0, "text": 2.5, "image": None, "sources": {"a": 3.0}, "seconds": 0.1}
 ROWS = [

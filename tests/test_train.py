@@ -26,9 +26,11 @@ from stage_runs import (
 )
 from tiny_stage import EVERY, STAGE, TOKENS, make_job
 
-from solo import artifact, checkpoint, train
-from solo.artifact import Artifact, Job, LedgerError
+from solo import artifact
+from solo.artifact import CHECKOUT, Artifact, Job, LedgerError
 from solo.spec import Stage
+from solo.train import checkpoint
+from solo.train import part as train
 
 N_STEPS = 48
 
@@ -45,7 +47,7 @@ def undisturbed(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFa
 
 
 def test_learning_rate_truth_table() -> None:
-    from solo.engine import learning_rate
+    from solo.train.engine import learning_rate
 
     stage = Stage.model_validate(STAGE | {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 4})
     cosine = [learning_rate(s, stage, 12) for s in range(1, 13)]
@@ -96,14 +98,14 @@ def test_no_path_of_this_machine_is_in_the_checkpoint(undisturbed: tuple[Job, Ar
     assert {p.name for p in folder.iterdir()} >= {"config.json", "model.safetensors", "solo.json"}
     for path in folder.iterdir():
         assert str(undisturbed[0].root).encode() not in path.read_bytes()
-        assert str(train.REPOSITORY).encode() not in path.read_bytes()
+        assert str(CHECKOUT).encode() not in path.read_bytes()
 
 
 def test_the_checkpoint_can_be_talked_to(undisturbed: tuple[Job, Artifact, list]) -> None:
     from transformers import AutoModelForCausalLM, AutoProcessor
 
-    from solo.model import SoloForCausalLM
-    from solo.processor import SoloProcessor
+    from solo.model.causal_lm import SoloForCausalLM
+    from solo.model.processor import SoloProcessor
 
     folder = undisturbed[1].path / "checkpoint"
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -120,8 +122,8 @@ def test_two_ranks_on_deepspeed_equal_a_plain_loop(undisturbed: tuple[Job, Artif
 def test_the_saved_weights_are_the_trained_ones(undisturbed: tuple[Job, Artifact, list]) -> None:
     import torch
 
-    from solo.loader import PackLoader
-    from solo.model import SoloForCausalLM
+    from solo.model.causal_lm import SoloForCausalLM
+    from solo.sequence.loader import PackLoader
 
     job, done, told = undisturbed
     model = SoloForCausalLM.from_pretrained(done.path / "checkpoint")

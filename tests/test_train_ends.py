@@ -14,9 +14,11 @@ import pytest
 from stage_runs import children_of, start, wait_for_step, wait_until_gone
 from tiny_stage import EVERY, STAGE, made, make_job
 
-from solo import artifact, checkpoint, train
-from solo.artifact import Artifact
+from solo import artifact
+from solo.artifact import CHECKOUT, Artifact
 from solo.spec import Stage
+from solo.train import checkpoint
+from solo.train import part as train
 
 N_STEPS = 48
 
@@ -109,7 +111,7 @@ def test_a_deepspeed_file_cannot_change_the_result(given: dict, message: str, tm
 
 def test_our_deepspeed_files_leave_the_result_to_the_stage() -> None:
     for name in train.DEEPSPEED.values():
-        config = train.deepspeed_config(train.REPOSITORY / name, Stage.model_validate(STAGE), 2)
+        config = train.deepspeed_config(CHECKOUT / name, Stage.model_validate(STAGE), 2)
         assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (4, 2)
 
 

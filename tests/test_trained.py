@@ -11,8 +11,10 @@ import pytest
 from stage_runs import compare_with_plain_loop
 from tiny_stage import made, make_job, make_plan
 
-from solo import checkpoint, run_pages, train, trained
 from solo.artifact import Artifact, Job, LedgerError
+from solo.report import run_pages
+from solo.train import checkpoint, trained
+from solo.train import part as train
 
 
 def damage(inputs: dict[str, Artifact], root: Path, source: str, key: str) -> dict[str, Artifact]:

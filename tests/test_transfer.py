@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from archive_server import How, Site, serving
 
-from solo import copies, patience, transfer
+from solo.acquire import copies, patience, transfer
+from solo.acquire.location import Asked
 from solo.artifact import combined_sha256
-from solo.location import Asked
 
 BODY = random.Random(5).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -302,8 +302,8 @@ def test_http_through_a_proxy_and_no_way_to_this_machine(site, tmp_path, monkeyp
 KILLED = """
 import sys
 from pathlib import Path
-from solo import copies
-from solo.location import Asked
+from solo.acquire import copies
+from solo.acquire.location import Asked
 copies.fetch(Asked(**eval(sys.argv[1])), Path(sys.argv[2]), lambda _: None)
 """
 

@@ -9,8 +9,8 @@ from test_model import PIECES, SPEC, _one_thread
 from test_tokens import TOKENS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from solo.loader import side_by_side
-from solo.model import SoloForCausalLM
+from solo.model.causal_lm import SoloForCausalLM
+from solo.sequence.loader import side_by_side
 
 __all__ = ["_one_thread"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from solo.acquire import content_sha256
+from solo.acquire.part import content_sha256
 
 COLOURS = {
     "red": (220, 30, 30),

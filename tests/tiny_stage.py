@@ -15,13 +15,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from solo import artifact, train
+from solo import artifact
 from solo.artifact import Artifact, Job, Manifest
-from solo.pack import PACKS, PLAN
-from solo.patches import grid, image_size
+from solo.pack.part import PACKS, PLAN
 from solo.sample import IMAGE, Sample, end_tar, make_key, text, write_sample
+from solo.sequence.patches import grid, image_size
+from solo.sequence.tokens import Tokenizer, tokenize
 from solo.spec import Stage, Tokens
-from solo.tokens import Tokenizer, tokenize
+from solo.train import part as train
 
 RECIPE = yaml.safe_load((Path(__file__).parents[1] / "datasets_spec" / "recipes" / "sample.yaml").read_text())
 TOKENS = Tokens.model_validate(RECIPE["tokens"])
@@ -137,7 +138,7 @@ def joined() -> Iterator[None]:
             patch.setenv(name, value)
         import torch
 
-        from solo import engine, trainer
+        from solo.train import engine, trainer
 
         torch.set_num_threads(1)  # two cost a tiny model more than they give
         if not trainer.dist.is_initialized():  # once a process, and never ended: DeepSpeed cannot join a second group
@@ -149,7 +150,7 @@ def joined() -> Iterator[None]:
 def one_rank() -> Iterator[Callable[..., list[dict]]]:
     """What trains a job in this process, a launch costs five seconds, and gives its metrics."""
     with joined(), pytest.MonkeyPatch.context() as patch:
-        from solo import trainer
+        from solo.train import trainer
 
         rows: list[dict] = []
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from solo.image_files import Names, Pictures
+from solo.acquire.image_files import Names, Pictures
+from solo.acquire.upstream import Record, canonical, dialogue, existing, json_lines
 from solo.sample import Rejected, Sample, make_key
-from solo.upstream import Record, canonical, dialogue, existing, json_lines
 
 MARKS = ("<image>\n", "\n<image>", "<image>")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from solo.acquire.upstream import Record, canonical, json_lines, matching
 from solo.sample import Message, Rejected, Sample, make_key, text
-from solo.upstream import Record, canonical, json_lines, matching
 
 
 def read(

@@ -13,10 +13,10 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from solo.follow_ups import FollowUps
-from solo.image_files import Names, Pictures
+from solo.acquire.follow_ups import FollowUps
+from solo.acquire.image_files import Names, Pictures
+from solo.acquire.upstream import Record, canonical, existing, json_array, odd_turn
 from solo.sample import IMAGE, Item, Message, Rejected, Sample, make_key, text
-from solo.upstream import Record, canonical, existing, json_array, odd_turn
 
 log = logging.getLogger(__name__)
 

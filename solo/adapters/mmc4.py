@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from solo.image_files import Names, Pictures
+from solo.acquire.image_files import Names, Pictures
+from solo.acquire.upstream import Record, canonical, json_lines, matching
 from solo.sample import IMAGE, Item, Message, Rejected, Sample, make_key, text
-from solo.upstream import Record, canonical, json_lines, matching
 
 
 def read(

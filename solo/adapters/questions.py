@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from solo.image_files import Pictures
+from solo.acquire.image_files import Pictures
+from solo.acquire.upstream import Record, dialogue, existing, json_lines
 from solo.sample import Rejected, Sample, make_key
-from solo.upstream import Record, dialogue, existing, json_lines
 
 
 def read(

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from solo.image_files import Names, Pictures
+from solo.acquire.image_files import Names, Pictures
+from solo.acquire.upstream import Record, canonical, existing, json_array, odd_turn
 from solo.sample import IMAGE, Item, Message, Rejected, Sample, make_key, text
-from solo.upstream import Record, canonical, existing, json_array, odd_turn
 
 ROLES = ("user", "assistant")
 TAG = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from solo.image_files import Names, Pictures
+from solo.acquire.image_files import Names, Pictures
+from solo.acquire.tables import cell_pictures, filled, named, rows
+from solo.acquire.upstream import Record, by_content
 from solo.sample import IMAGE, Message, Rejected, Sample, text
-from solo.tables import cell_pictures, filled, named, rows
-from solo.upstream import Record, by_content
 
 
 def read(  # noqa: PLR0913 - one argument for each field of the spec

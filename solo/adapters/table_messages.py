@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from solo.acquire.tables import cell_pictures, rows
+from solo.acquire.upstream import by_content, dialogue
 from solo.sample import Message, Rejected, Sample, text
-from solo.tables import cell_pictures, rows
-from solo.upstream import by_content, dialogue
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 

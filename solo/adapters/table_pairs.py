@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from solo.acquire.tables import cell_pictures, rows
+from solo.acquire.upstream import by_content, dialogue
 from solo.sample import Rejected, Sample
-from solo.tables import cell_pictures, rows
-from solo.upstream import by_content, dialogue
 
 
 def read(  # noqa: PLR0913 - one argument for each field of the spec

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from solo.acquire.upstream import Record, canonical, dialogue, json_lines, matching
 from solo.sample import Rejected, Sample, make_key
-from solo.upstream import Record, canonical, dialogue, json_lines, matching
 
 
 def read(

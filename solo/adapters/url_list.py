@@ -1,7 +1,7 @@
 """URL lists with captions (CapsFusion, CC12M, LAION): .parquet, .csv or .jsonl, fetched by img2dataset.
 
-Sample: one assistant turn, image then caption. Key: URL and caption. A row that is not fetched is a Fetched item with
-a status. Stored JPEG bytes are the served ones unless the long side is over `max_side_px` (see solo/download.py).
+Sample: one assistant turn, image then caption. Key: URL and caption. A row that is not fetched is a Fetched item with a
+status. Stored JPEG bytes are the served ones unless the long side is over `max_side_px` (see solo/acquire/download.py).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from solo.acquire import Fetched
+from solo.acquire.download import fetch
+from solo.acquire.part import Fetched
+from solo.acquire.url_rows import UrlList
 from solo.artifact import Job
-from solo.download import fetch
 from solo.isolated.probe import OTHER
 from solo.isolated.rules import FORMATS, Rules
-from solo.url_rows import UrlList
 
 CONTACT = re.compile(r"[A-Za-z][A-Za-z0-9._-]*(/\S+)? .*(https?://\S+|\S+@\S+\.\S+).*")
 LOOPBACK_AGENT = "solo-recipe/1 (loopback only; +http://localhost/)"

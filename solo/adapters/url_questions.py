@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from solo.acquire import Fetched
+from solo.acquire.part import Fetched
 from solo.adapters import url_list
 from solo.artifact import Job
 from solo.sample import IMAGE, Message, Sample, text

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from solo.acquire.tars import IMAGE_SUFFIXES, tar_records
+from solo.acquire.upstream import by_content, matching, parse
 from solo.sample import IMAGE, Message, Rejected, Sample, text
-from solo.tars import IMAGE_SUFFIXES, tar_records
-from solo.upstream import by_content, matching, parse
 
 
 def read(

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
 
-from solo.acquire import content_sha256
-from solo.pictures import Pictures
+from solo.acquire.part import content_sha256
+from solo.filter.pictures import Pictures
 from solo.sample import Sample
 from solo.spec import SpecError
 

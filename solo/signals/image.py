@@ -16,9 +16,9 @@ from urllib.parse import unquote, urlsplit
 import imagehash
 from PIL import Image
 
-from solo import exif as exif_data
-from solo.pictures import Pictures
+from solo.filter.pictures import Pictures
 from solo.sample import Sample
+from solo.shard import exif as exif_data
 
 VERSIONS = {"size": 1, "hashes": 1, "claim": 1, "exif": 1, "texture": 1, "colours": 1}  # one more: measured again
 

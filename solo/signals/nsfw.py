@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, TypedDict
 
-from solo.pictures import Pictures
+from solo.filter.pictures import Pictures
 from solo.sample import Sample
 from solo.spec import SpecError
 

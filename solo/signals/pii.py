@@ -10,7 +10,7 @@ import ipaddress
 import re
 from typing import TypedDict
 
-from solo.pictures import Pictures
+from solo.filter.pictures import Pictures
 from solo.sample import Sample
 from solo.signals.text import EMAIL
 

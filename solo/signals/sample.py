@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import TypedDict
 
-from solo.pictures import Pictures
+from solo.filter.pictures import Pictures
 from solo.sample import Sample
 
 VERSIONS = {"record": 1, "meta": 1}

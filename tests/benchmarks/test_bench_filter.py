@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from solo import bench_filter
+from solo.bench import filter as bench_filter
 from solo.signals import image, pii, sample, text
 
 

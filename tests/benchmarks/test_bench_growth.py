@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from solo import bench_acquire, bench_growth, download
+from solo.acquire import download
+from solo.bench import acquire as bench_acquire
+from solo.bench import growth as bench_growth
 
 pytestmark = pytest.mark.skipif(
     not (Path(download.__file__).parents[1] / ".img2dataset").exists() and "SOLO_IMG2DATASET" not in os.environ,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from solo import bench_loader, bench_mix
+from solo.bench import loader as bench_loader
+from solo.bench import mix as bench_mix
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from solo import bench_pack, bestfit
+from solo.bench import pack as bench_pack
+from solo.pack import bestfit
 
 needs_trl = pytest.mark.skipif(
     "SOLO_TRL_PYTHON" not in os.environ and importlib.util.find_spec("trl") is None, reason="needs TRL"

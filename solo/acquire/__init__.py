@@ -1,0 +1,1 @@
+"""acquire: a source as it is published, to raw tars of samples and a row for every input."""

@@ -1,0 +1,1 @@
+"""bench: parts of the line measured against a reference, both in one run."""

@@ -1,0 +1,1 @@
+"""curate: which samples a stage sees and how often, in DuckDB."""

@@ -1,0 +1,1 @@
+"""evaluate: a checkpoint's answers to a benchmark, and their score."""

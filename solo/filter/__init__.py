@@ -1,0 +1,1 @@
+"""filter: what is measured of each sample, and which samples a source keeps."""

@@ -1,0 +1,1 @@
+"""pack: which documents share a training sequence, and in which order the sequences are trained."""

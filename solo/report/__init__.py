@@ -1,0 +1,1 @@
+"""report: a recipe's closing account, and the pages of all parts."""

@@ -1,0 +1,1 @@
+"""sequence: from bytes in a shard to the ids, patches and targets of a pack."""

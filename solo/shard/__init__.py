@@ -1,0 +1,1 @@
+"""shard: kept samples as WebDataset tars with a ledger."""
