@@ -11,10 +11,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        asked = json.loads(line)
-        os.environ.pop("SOLO_IMG2DATASET", None)
+        asked, own = json.loads(line), dict(os.environ)
         os.environ |= asked["env"]
         state = solo(recipe="toy", **asked["parameters"], return_state=True)
+        os.environ.clear()
+        os.environ |= own
         answers.write(json.dumps({"completed": state.is_completed(), "message": state.message}) + "\n")
         answers.flush()
 

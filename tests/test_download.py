@@ -6,7 +6,6 @@ import concurrent.futures
 import http.client
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -33,11 +32,6 @@ from solo.sample import IMAGE, read_sample, text
 HOST = "http://images.example.test"
 RULES = Rules("test/1 (test@example.org)", "", "")
 N_PLAIN = 110  # with the rest more than rows_per_shard, so that there are two img2dataset shards
-
-pytestmark = pytest.mark.skipif(
-    not (Path(download.__file__).parents[1] / ".img2dataset").exists() and "SOLO_IMG2DATASET" not in os.environ,
-    reason="img2dataset's environment is not installed (make setup)",
-)
 
 
 def encoded(form, size=(40, 30), shade=90):

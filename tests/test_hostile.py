@@ -7,7 +7,6 @@ import subprocess
 import tarfile
 import threading
 from base64 import b64encode
-from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -22,10 +21,6 @@ from solo.acquire import download
 from solo.acquire import part as acquire
 from solo.artifact import Job, make
 
-pytestmark = pytest.mark.skipif(
-    not (Path(download.__file__).parents[1] / ".img2dataset").exists() and "SOLO_IMG2DATASET" not in os.environ,
-    reason="img2dataset's environment is not installed (make setup)",
-)
 SOCKETS_BYTES = 8 << 20  # what the kernel takes from a sender that nobody reads
 
 

@@ -7,7 +7,6 @@ import threading
 import time
 import urllib.request
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hostile import Canary, Server, answer, encoded
@@ -30,9 +29,6 @@ def canary():
 
 def isolated_python():
     return os.environ.get("SOLO_IMG2DATASET") or resizer.DECODER.parents[2] / ".img2dataset/bin/python"
-
-
-needs_opencv = pytest.mark.skipif(not Path(isolated_python()).exists(), reason="img2dataset's environment is absent")
 
 
 def guest(folder, **rules):
@@ -234,7 +230,6 @@ def test_x_robots_tag(value, refused):
     assert bool(consent.refusal([("x-robots-tag", value)], "testbot")) is refused
 
 
-@needs_opencv
 def test_a_decoder_that_dies_costs_one_picture(monkeypatch):
     decoder, data, seen = Decoder(), encoded("PNG", (64, 48)), probe.Probe("png", 64, 48)
     monkeypatch.setattr(resizer.sys, "executable", str(isolated_python()))

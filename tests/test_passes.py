@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +12,7 @@ from hostile import Server, answer, encoded, hang
 from raw import filtered
 
 from solo import line
-from solo.acquire import download, location, passes, retry
+from solo.acquire import location, passes, retry
 from solo.acquire import part as acquire
 from solo.artifact import Job
 from solo.line import Settings
@@ -23,10 +21,6 @@ from solo.report import pages
 from solo.sample import read_sample
 from solo.spec import SourceSpec, load
 
-pytestmark = pytest.mark.skipif(
-    not (Path(download.__file__).parents[1] / ".img2dataset").exists() and "SOLO_IMG2DATASET" not in os.environ,
-    reason="img2dataset's environment is not installed (make setup)",
-)
 PATHS = {
     "kept": "ok",
     "changing": "ok",

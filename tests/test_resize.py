@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from test_isolated import RULES, isolated_python, needs_opencv
+from test_isolated import RULES, isolated_python
 
 from solo.isolated import probe, resizer
 
@@ -96,7 +96,6 @@ def decoder(monkeypatch):
     one._stop()
 
 
-@needs_opencv
 def test_what_is_stored_is_within_40_db_of_a_full_decode_whatever_is_shown(decoder):
     for i, (name, pixels) in enumerate(pictures().items()):
         served, side = encoded(pixels, (75, 92)[i % 2]), SIDES[i % 3]
@@ -106,7 +105,6 @@ def test_what_is_stored_is_within_40_db_of_a_full_decode_whatever_is_shown(decod
         assert psnr(exact, decoded(stored)) >= 40, name  # with what quality 95 costs
 
 
-@needs_opencv
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_colours_are_stored_as_a_full_decode_would_store_them(decoder, form):
     for name, pixels in colours().items():
@@ -118,7 +116,6 @@ def test_colours_are_stored_as_a_full_decode_would_store_them(decoder, form):
         assert psnr(decoded(encoded(exact, 95)), decoded(stored)) >= 45, name  # both with half of the colour's size
 
 
-@needs_opencv
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (2, 701), (701, 3)])
 def test_pictures_of_one_pixel_s_width_are_kept(decoder, size):
     served = encoded(np.full((size[1], size[0]), 90, np.uint8), 90)

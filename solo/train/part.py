@@ -268,7 +268,9 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
     metrics = [json.loads(line) for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
     metrics_table.write(job.out, metrics)
     losses, events = [m["loss"] for m in metrics if m["loss"] is not None], sick.read(job.out)
-    suspects.write(job.out, events, job.one("pack").path, {name: shard.path for name, shard in job.of("shard").items()})
+    suspects.write(
+        job.out, events, job.one("pack").path, {name: shard.place for name, shard in job.of("shard").items()}
+    )
     facts = json.loads((job.out / "checkpoint" / "solo.json").read_bytes())
     stats: dict[str, Any] = {
         "n_packs": table.num_rows,

@@ -1,18 +1,7 @@
 """The bench of growth does both parts on a real list and says what each cost; its figures are for a quiet machine."""
 
-import os
-from pathlib import Path
-
-import pytest
-
-from solo.acquire import download
 from solo.bench import acquire as bench_acquire
 from solo.bench import growth as bench_growth
-
-pytestmark = pytest.mark.skipif(
-    not (Path(download.__file__).parents[1] / ".img2dataset").exists() and "SOLO_IMG2DATASET" not in os.environ,
-    reason="img2dataset's environment is not installed (make setup)",
-)
 
 
 def test_a_list_is_acquired_and_filtered_whole(tmp_path):
