@@ -169,7 +169,7 @@ def test_numbers_in_a_spec_are_counted_too(tmp_path: Path) -> None:
         ("a.json", b'\xef\xbb\xbf \n[{"a": 1}]\n'),
         ("a.jsonl", b'{"text": "<html>"}\n{"text": "version https://git-lfs"}'),
         ("a.jsonl.zst", b"\x50\x2a\x4d\x18\x04\x00\x00\x00"),  # as pzstd begins
-        ("a.jsonl.gz", gzip.compress(b"{}")),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)),
         ("a.csv", b"url\tcaption\n"),
         ("notes", b"version https://git-lfs is a line of prose"),
     ],
