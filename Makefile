@@ -32,9 +32,9 @@ recipe: setup
 	@$(BIN)/python -m flows.server prefect deployment run solo/full-recipe --watch --param recipe=$(RECIPE)
 	@$(BIN)/solo report $(RECIPE)
 
-# A file to a process, four at once on two cores: many tests wait for servers and ranks.
+# A file to a process, three at once on two cores: many tests wait for servers and ranks.
 test: setup
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def test_hand_written(costs: list[int], n_ranks: int, want: float) -> None:
     assert worst(costs, balance.order(np.array(costs)), n_ranks) == pytest.approx(want)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps)
 def test_no_step_gets_worse_over_all_world_sizes(costs: list[int]) -> None:
     def missed(order: np.ndarray) -> float:
@@ -49,7 +49,7 @@ def test_no_step_gets_worse_over_all_world_sizes(costs: list[int]) -> None:
     assert missed(balance.order(np.array(costs))) <= missed(np.arange(len(costs))) + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=6).filter(lambda costs: len(costs) % 2 == 0))
 def test_no_order_is_below_the_bound(costs: list[int]) -> None:
     for n_ranks in [w for w in (2, 4) if len(costs) % w == 0]:
@@ -97,7 +97,7 @@ def test_steps_of_real_sizes_are_balanced_or_at_the_bound(n: int, text: float) -
     assert np.mean(arrival) > np.mean(ordered)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.sampled_from([8, 16, 24, 32, 64]))
 def test_small_steps_are_near_the_bound(seed: int, n: int) -> None:
     """Dear packs, few of them: an order that serves W = 2, 4 and 8 is not the best for each alone."""
@@ -106,7 +106,7 @@ def test_small_steps_are_near_the_bound(seed: int, n: int) -> None:
         assert worst(costs, balance.order(costs), n_ranks) <= 1.15 * max(balance.LIMIT, balance.bound(costs, n_ranks))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.sampled_from([128, 256, 512]))
 def test_one_order_serves_every_world_size(seed: int, n: int) -> None:
     """Long-tailed, but no pack costs more than a third of what a rank of eight should do."""

@@ -82,7 +82,7 @@ def test_no_document_waits_longer_than_the_window(case: tuple[int, list[int]], w
         assert all(number - seen_by[i] <= window for i in pack)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cases)
 def test_a_stream_the_window_holds_is_packed_at_least_as_well_as_first_fit(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case

@@ -196,7 +196,7 @@ def test_adding_a_source_moves_no_row_of_another(root: Path, amount: dict) -> No
     assert [r for r in rows(after) if r["source"] == "b"] == rows(before)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 250), st.booleans())
 def test_a_draw_is_the_longest_prefix_in_hash_order(
     tmp_path_factory: pytest.TempPathFactory, n_tokens: list[int], percent: int, in_samples: bool

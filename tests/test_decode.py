@@ -52,7 +52,7 @@ def both(data, **px):
 sides = st.integers(1, 400)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.tuples(sides, sides),
     st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
@@ -71,7 +71,7 @@ def test_a_jpeg_is_the_same_within_two_levels(size, subsampling, quality, progre
     assert np.abs(exact.astype(int) - fast).max() <= 2
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     sides,
     sides,

@@ -32,7 +32,7 @@ def pairs(hashes, most, threads=2):
         return {tuple(p) for batch in duplicates.close(con, "nodes", "nodes", most) for p in batch.tolist()}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 3), st.integers(0, 2**32))
 def test_every_pair_within_three_bits_is_found_and_no_other(most, seed):
     rng = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def test_three_bits_anywhere_leave_two_of_five_blocks_alone():
         assert any(word & mask == 0 for mask in duplicates.masks())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=60), st.integers(1, 7))
 def test_clusters_are_the_connected_components(edges, batch):
     graph = networkx.Graph()

@@ -112,7 +112,7 @@ def test_an_animation_keeps_its_frames():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_damaged_bytes_raise_nothing_and_show_the_same(kind, data):
     whole = bytearray(tagged(kind, 6))

@@ -82,7 +82,7 @@ def test_a_lock_against_itself_changes_nothing(root: Path) -> None:
 amounts = st.fixed_dictionaries({s: st.sampled_from([0, 0.5, 1, 2.3]) for s in "ab"}).filter(lambda d: any(d.values()))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(amounts, amounts)
 def test_every_sum_closes(tmp_path_factory: pytest.TempPathFactory, one: dict, two: dict) -> None:
     root = tmp_path_factory.mktemp("mixes")

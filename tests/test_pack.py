@@ -91,7 +91,7 @@ def test_pack_by_source_mixes_only_the_ends_and_pack_by_mix_does(root: Path) -> 
     assert together.manifest.stats["n_shared_packs"] is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(1, PACK_TOKENS), min_size=1, max_size=12), min_size=1, max_size=4))
 def test_shared_ends_are_one_of_each_source_and_take_no_more_packs(sources: list[list[int]]) -> None:
     counts = np.array([n for source in sources for n in source])

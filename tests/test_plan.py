@@ -53,8 +53,7 @@ def trained(packs_loader, first, last, world_size, workers):
     return seen
 
 
-@pytest.mark.parametrize("workers", [0, 2, 8])
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 8), (2, 2), (4, 0), (4, 8), (8, 2)])
 def test_every_key_is_trained_once_over_200_resumptions(run, world_size, workers):
     """Each step is followed by a kill; some kills come after work that no checkpoint holds, which is done again."""
     folder, keys = run

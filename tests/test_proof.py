@@ -185,7 +185,7 @@ def test_one_leaking_pair_is_found(
         examine(small, packed([5, 9, 1, 20, 7], padding=11, patches=2))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=9), st.integers(0, 5), st.integers(0, 3), st.data())
 def test_packs_pass_and_with_any_one_leak_they_fail(
     small: model.SoloForCausalLM, lengths: list[int], padding: int, patches: int, data: st.DataObject

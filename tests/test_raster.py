@@ -15,7 +15,7 @@ from solo.sequence.raster import AT_ONCE, BYTES, Recycled, Room
 sides = st.integers(1, 6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=5), st.sampled_from([4, 14, 32]), st.randoms())
 def test_any_patches_of_any_pictures(grids, px, random):
     n = sum(rows * cols for rows, cols in grids)

@@ -42,7 +42,7 @@ def bare(data):
     return not image.getexif() and not set(image.info) - {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     st.integers(1, 300),
     st.integers(1, 300),

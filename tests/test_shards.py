@@ -116,7 +116,7 @@ def test_a_local_range_ends_where_the_file_ends(tmp_path):
         shards.read("web", 7, 0, 1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 400)), max_size=60), st.integers(100, 1500))
 def test_the_cache_keeps_its_bound_and_gives_back_what_was_put(tmp_path_factory, calls, limit):
     folder = tmp_path_factory.mktemp("cache")
