@@ -23,8 +23,8 @@ os.environ.setdefault("WDS_SECURE", "1")  # webdataset would unpickle members el
 hypothesis.settings.register_profile("solo", deadline=None)  # else a busy machine fails a property
 hypothesis.settings.load_profile("solo")
 
-# The two files that take longest, mostly waiting, begin first; meanwhile a third process has the cores.
-LONGEST = ("test_server", "test_recipe")
+# The files that take longest begin first, so that all processes end together.
+LONGEST = ("test_server", "test_recipe", "test_train", "test_train_ends", "test_store", "test_cli")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
