@@ -10,6 +10,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 from solo.artifact import CHECKOUT
 
@@ -59,12 +60,18 @@ def settings_of(home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment of a Prefect server that lives as long as the tests."""
-    home = tmp_path_factory.mktemp("prefect")
-    env = clean_env(home)
-    subprocess.run([sys.executable, "-m", "flows.server", "server"], cwd=CHECKOUT, env=env, check=True)
+    """Environment of a Prefect server, one for all processes of a test run, as it takes 6 % of a core."""
+    own = tmp_path_factory.getbasetemp()
+    home = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "prefect"
+    env, users = clean_env(home), home / "users"
+    with FileLock(home.with_suffix(".lock")):
+        (users / str(os.getpid())).mkdir(parents=True)
+        subprocess.run([sys.executable, "-m", "flows.server", "server"], cwd=CHECKOUT, env=env, check=True)
     yield env | settings_of(home)
-    subprocess.run([sys.executable, "-m", "flows.server", "down"], cwd=CHECKOUT, env=env, check=True)
+    with FileLock(home.with_suffix(".lock")):
+        (users / str(os.getpid())).rmdir()
+        if not any(users.iterdir()):
+            subprocess.run([sys.executable, "-m", "flows.server", "down"], cwd=CHECKOUT, env=env, check=True)
 
 
 class Driver:
