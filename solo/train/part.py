@@ -106,7 +106,7 @@ def run(
         mirror.bring(job)
         task = _task(job, stage, device=device, ranks=ranks)
         with track.follow(job, on_metric) as tell:
-            tell_sick = partial(_tell_sick, job, task, on_sick)
+            tell_sick = partial(_tell_sick, job, on_sick)
             watch = Watch(job, n_steps, tell, first_step=task["first_step"], tell_sick=tell_sick, stop_asked=stop_asked)
             _train(job, task, watch, ranks=ranks, device=device)
     return _result(job, plan, n_steps=n_steps, ranks=ranks)
@@ -215,7 +215,7 @@ def _task(job: Job, stage: Stage, *, device: Device, ranks: int) -> dict[str, An
         "deepspeed": deepspeed_config(deepspeed_file(device), stage, ranks),
         "plan": str(plan),
         "plan_digest": job.one("pack").manifest.digest,
-        "shards": {name: shard.place for name, shard in sorted(job.of("shard").items())},
+        "shards": _places(job),
         "held_out_every_steps": job.spec.get("held_out_every_steps"),
         **start.of(job),
         "resume": str(found.path) if found else None,
@@ -246,12 +246,23 @@ def _train(job: Job, task: dict[str, Any], watch: Watch, *, ranks: int, device: 
         raise RuntimeError(f"train/{job.name}: {why}; the whole story is in {watch.log}")
 
 
-def _tell_sick(job: Job, task: Mapping[str, Any], on_sick: Callable[[Metrics, Path], None] | None) -> None:
+def _tell_sick(job: Job, on_sick: Callable[[Metrics, Path], None] | None) -> None:
     """Show the documents of the step that was sick last."""
-    events = sick.read(job.out)
-    suspects.write(job.out, events, Path(task["plan"]), task["shards"])
+    events = _suspects(job)
     if on_sick:
         on_sick(events[-1], job.out)
+
+
+def _suspects(job: Job) -> list[dict[str, Any]]:
+    """The sick steps so far, their worst documents written beside them."""
+    events = sick.read(job.out)
+    suspects.write(job.out, events, job.one("pack").path, _places(job))
+    return events
+
+
+def _places(job: Job) -> dict[str, str]:
+    """Source -> where its shards are read, here or in a store."""
+    return {name: shard.place for name, shard in sorted(job.of("shard").items())}
 
 
 def _left(job: Job) -> str:
@@ -267,10 +278,7 @@ def _result(job: Job, plan: pa.Table, *, n_steps: int, ranks: int) -> Result:
     left_out = trained.left_out(table)
     metrics = [json.loads(line) for line in (job.out / "metrics.jsonl").read_bytes().splitlines()]
     metrics_table.write(job.out, metrics)
-    losses, events = [m["loss"] for m in metrics if m["loss"] is not None], sick.read(job.out)
-    suspects.write(
-        job.out, events, job.one("pack").path, {name: shard.place for name, shard in job.of("shard").items()}
-    )
+    losses, events = [m["loss"] for m in metrics if m["loss"] is not None], _suspects(job)
     facts = json.loads((job.out / "checkpoint" / "solo.json").read_bytes())
     stats: dict[str, Any] = {
         "n_packs": table.num_rows,
